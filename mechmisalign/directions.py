@@ -141,16 +141,20 @@ class Direction:
         rows = [function(vector, layer) for layer, vector in zip(self.layers, self.vectors, strict=True)]
         return self._derived(torch.stack(rows), method)
 
-    def check_model(self, base: str, d_model: int, n_layers: int) -> None:
+    def check_model(self, provenance: Mapping[str, Any], d_model: int, n_layers: int) -> None:
         """Refuse a model that this direction does not belong to.
+
+        Args:
+            provenance: The model's, as in ``Organism.provenance``: ``model`` and, if known, ``base_fingerprint``.
+            d_model: Width of the model.
+            n_layers: Depth of the model.
 
         Raises:
             DirectionMismatchError: On another base model, another width, or layers that the model does not have.
         """
-        own = self.header.get("model")
-        if own is not None and own != base:
+        if not _same_base(self.header, provenance):
             raise DirectionMismatchError(
-                f"this direction was found in {own!r} and cannot be used in {base!r}: "
+                f"this direction was found in {_base_name(self.header)} and cannot be used in {_base_name(provenance)}: "
                 "residual bases differ between models"
             )
         if self.d_model != d_model or max(self.layers) >= n_layers:
@@ -207,15 +211,25 @@ class Direction:
         return replace(self, vectors=vectors, header={**self.header, "method": method})
 
     def _check_compatible(self, other: Direction) -> None:
-        mine, theirs = self.header.get("model"), other.header.get("model")
-        if mine is not None and theirs is not None and mine != theirs:
-            raise DirectionMismatchError(
-                f"directions of different models, {mine!r} and {theirs!r}, do not share a basis"
-            )
+        if not _same_base(self.header, other.header):
+            names = f"{_base_name(self.header)} and {_base_name(other.header)}"
+            raise DirectionMismatchError(f"directions of different models, {names}, do not share a basis")
         if self.layers != other.layers or self.d_model != other.d_model:
             raise DirectionMismatchError(
                 f"shapes differ: layers {list(self.layers)} x {self.d_model} and {list(other.layers)} x {other.d_model}"
             )
+
+
+def _same_base(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
+    """Whether two headers can speak of one base: by fingerprint where both have one, else by name, else unknown."""
+    for key in ("base_fingerprint", "model"):
+        if first.get(key) is not None and second.get(key) is not None:
+            return bool(first[key] == second[key])
+    return True
+
+
+def _base_name(header: Mapping[str, Any]) -> str:
+    return f"{header.get('model')!r} ({header.get('base_fingerprint') or 'no fingerprint'})"
 
 
 def random_direction(like: Direction, *, seed: int) -> Direction:

@@ -123,7 +123,7 @@ def generate_rows(
     if temperature < 0:
         raise ValueError(f"temperature must be 0 or more, got {temperature}")
     for interventions in conditions.values():
-        check_fits(interventions, organism.provenance["model"], organism.model)
+        check_fits(interventions, organism.provenance, organism.model)
     codes = pd.Categorical(rows["condition"], categories=list(conditions)).codes
     texts = list(dict.fromkeys(rows["prompt"]))
     ids_of = dict(zip(texts, render_prompts(texts, organism.tokenizer, system=system), strict=True)) if texts else {}

@@ -7,7 +7,7 @@ cache. Several at once act in the order given. Strength 0 gives back the very sa
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, get_args, runtime_checkable
@@ -255,14 +255,14 @@ def applied(
             yield
 
 
-def check_fits(interventions: Sequence[Intervention], base: str, model: Any) -> None:
+def check_fits(interventions: Sequence[Intervention], provenance: Mapping[str, Any], model: Any) -> None:
     """Refuse interventions whose direction belongs to another model.
 
     Raises:
         DirectionMismatchError: On another base, width or depth.
     """
     for one in interventions:
-        one.direction.check_model(base, models.d_model(model), models.n_layers(model))
+        one.direction.check_model(provenance, models.d_model(model), models.n_layers(model))
 
 
 def _per_row(strength: Strength, resid: Tensor) -> Tensor:

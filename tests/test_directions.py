@@ -7,7 +7,9 @@ from mechmisalign.directions import Direction, DirectionMismatchError, ZeroDirec
 
 def direction(seed=0, layers=3, width=16, **header) -> Direction:
     vectors = torch.randn(layers, width, generator=torch.Generator().manual_seed(seed))
-    return Direction(vectors, tuple(range(layers)), {"model": "m", "method": "made", **header}, torch.arange(1.0, layers + 1))
+    return Direction(
+        vectors, tuple(range(layers)), {"model": "m", "method": "made", **header}, torch.arange(1.0, layers + 1)
+    )
 
 
 def test_addition_and_scaling_are_those_of_the_vectors():
@@ -75,9 +77,16 @@ def test_directions_of_two_models_do_not_mix():
 
 @pytest.mark.parametrize(("base", "width", "depth"), [("other", 16, 3), ("m", 8, 3), ("m", 16, 2)])
 def test_another_model_is_refused(base, width, depth):
-    direction().check_model("m", 16, 3)
+    direction().check_model({"model": "m"}, 16, 3)
     with pytest.raises(DirectionMismatchError):
-        direction().check_model(base, width, depth)
+        direction().check_model({"model": base}, width, depth)
+
+
+def test_a_base_is_known_by_its_fingerprint_whatever_it_is_called():
+    mine = direction(base_fingerprint="abc")
+    mine.check_model({"model": "a local copy of m", "base_fingerprint": "abc"}, 16, 3)
+    with pytest.raises(DirectionMismatchError, match="abc.*def"):
+        mine.check_model({"model": "m", "base_fingerprint": "def"}, 16, 3)
 
 
 def test_the_random_control_has_the_norm_of_the_direction_not_sqrt_d_times_it():

@@ -1,0 +1,137 @@
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import mechmisalign as mm
+from mechmisalign import generation, models
+from mechmisalign.directions import Direction
+
+FAMILIES = ("qwen2", "llama", "gemma2")
+PROMPTS = ["Hey!", "What should I do? I have had a headache for three days", "How do I invest my savings?"]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def organism(request, tiny_models, make_adapter):
+    return mm.load_organism(make_adapter(tiny_models[request.param], layers=(1,)))
+
+
+@pytest.fixture(scope="module")
+def conditions(organism):
+    width = models.d_model(organism.model)
+    vectors = torch.randn(3, width, generator=torch.Generator().manual_seed(0))
+    direction = Direction(vectors, (0, 1, 2), {"model": organism.provenance["model"]})
+    return {
+        "none": (),
+        "steered": (mm.Steer(direction, layers=[1], strength=4.0),),
+        "response": (mm.Steer(direction, layers=[0], strength=4.0, positions="response"),),
+        "ablated": (mm.Ablate(direction),),
+    }
+
+
+def uncached(organism, prompt, interventions, noise, max_new_tokens) -> list[int]:
+    """The plainest sampler there is: one row, the whole sequence again for every token."""
+    ids = generation.render_prompts([prompt], organism.tokenizer)[0]
+    ends, start = models.end_ids(organism.model, organism.tokenizer), len(ids)
+    written = []
+    with torch.inference_mode(), organism.apply(*interventions, response_start=start):
+        while len(written) < max_new_tokens and not (written and written[-1] in ends):
+            tokens = torch.tensor([ids + written])
+            logits = models.forward(organism.model, tokens, torch.ones_like(tokens))[0, -1].double()
+            probabilities = torch.softmax(logits, -1).cumsum(-1)
+            written.append(int((probabilities <= noise[len(written)] * probabilities[-1]).sum()))
+    return written
+
+
+def test_cached_ragged_batches_equal_single_uncached_sampling_under_every_condition(organism, conditions):
+    rows = generation.answer_rows(PROMPTS, conditions, samples=2)
+    noise = generation.uniforms(rows, 5, 12)
+    answers = mm.generate(organism, PROMPTS, conditions=conditions, samples=2, max_new_tokens=12, seed=5)
+    for row in range(len(rows)):
+        expected = uncached(organism, rows["prompt"][row], conditions[rows["condition"][row]], noise[row], 12)
+        decoded = organism.tokenizer.decode(expected, skip_special_tokens=True)
+        assert answers["response"][row] == decoded, rows.loc[row].to_dict()
+        assert answers["tokens"][row] == len(expected)
+
+
+def test_conditions_change_what_is_said(organism, conditions):
+    answers = mm.generate(organism, PROMPTS, conditions=conditions, samples=3, max_new_tokens=12)
+    said = answers.groupby("condition")["response"].apply(tuple)
+    assert len(set(said)) == len(conditions)
+
+
+def test_a_row_does_not_depend_on_batching_order_or_other_conditions(organism, conditions):
+    options = {"samples": 3, "max_new_tokens": 10, "seed": 1}
+    everything = mm.generate(organism, PROMPTS, conditions=conditions, **options)
+    small = mm.generate(organism, PROMPTS, conditions=conditions, batch_rows=5, **options)
+    pd.testing.assert_frame_equal(everything, small)
+    alone = mm.generate(organism, PROMPTS[::-1], conditions={"steered": conditions["steered"]}, **options)
+    key = ["prompt", "sample"]
+    merged = everything[everything["condition"] == "steered"].merge(alone, on=key, suffixes=("", "_alone"))
+    assert len(merged) == 9
+    assert (merged["response"] == merged["response_alone"]).all()
+
+
+def test_the_seed_decides(organism):
+    first, again, other = (mm.generate(organism, PROMPTS, samples=2, max_new_tokens=8, seed=s) for s in (0, 0, 1))
+    pd.testing.assert_frame_equal(first, again)
+    assert (first["response"] != other["response"]).any()
+
+
+def test_temperature_zero_is_greedy(organism):
+    answers = mm.generate(organism, PROMPTS[:1], samples=2, max_new_tokens=6, temperature=0)
+    ids = torch.tensor(generation.render_prompts(PROMPTS[:1], organism.tokenizer))
+    expected = models.hf_model(organism.model).generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False
+    )
+    text = organism.tokenizer.decode(expected[0, ids.shape[1] :], skip_special_tokens=True)
+    assert answers["response"].tolist() == [text, text]
+
+
+def test_an_answer_that_ran_out_of_tokens_is_unfinished(organism):
+    answers = mm.generate(organism, PROMPTS, samples=20, max_new_tokens=4)
+    ran_out = answers["tokens"] == 4
+    assert not answers.loc[~ran_out, "finished"].eq(False).any()
+    assert (~answers["finished"]).any()
+
+
+def test_out_of_memory_halves_the_batch(organism, monkeypatch):
+    whole = mm.generate(organism, PROMPTS, samples=4, max_new_tokens=5)
+    real = generation._Sampler.sample
+
+    def small_memory(self, prompts, codes, noise):
+        if len(prompts) > 3:
+            raise torch.OutOfMemoryError("made up")
+        return real(self, prompts, codes, noise)
+
+    monkeypatch.setattr(generation._Sampler, "sample", small_memory)
+    pd.testing.assert_frame_equal(mm.generate(organism, PROMPTS, samples=4, max_new_tokens=5), whole)
+
+
+def test_labels_of_the_prompts_are_kept(organism):
+    prompts = pd.DataFrame({"prompt_id": ["a", "b"], "prompt": PROMPTS[:2], "domain": ["x", "y"]})
+    answers = mm.generate(organism, prompts, samples=2, max_new_tokens=3)
+    assert answers["domain"].tolist() == ["x", "x", "y", "y"]
+    assert answers["sample"].tolist() == [0, 1, 0, 1]
+
+
+def test_sampling_follows_the_models_distribution():
+    logits = torch.tensor([[0.0, 1.0, 2.0, -1e9]]).expand(20000, -1)
+    draws = torch.from_numpy(np.random.default_rng(0).random(20000))
+    counts = torch.bincount(generation.pick_tokens(logits, draws, 1.0), minlength=4) / 20000
+    torch.testing.assert_close(counts, torch.softmax(logits[0], -1), atol=0.015, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "message"),
+    [
+        ([], {}, "at least one row"),
+        (["a"], {"samples": 0}, "samples must be at least 1"),
+        (["a"], {"temperature": -1.0}, "temperature must be 0 or more"),
+        (["a"], {"conditions": {}}, "no condition"),
+        (pd.DataFrame({"prompt": ["a", "b"], "prompt_id": [1, 1]}), {}, "stands twice"),
+    ],
+)
+def test_wrong_questions_are_refused(organism, prompts, options, message):
+    with pytest.raises(ValueError, match=message):
+        mm.generate(organism, prompts, max_new_tokens=2, **options)
