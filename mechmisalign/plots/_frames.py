@@ -1,0 +1,65 @@
+"""What the figures ask of their frames."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pandas as pd
+
+INTERVAL = ("rate", "low", "high")
+
+
+def check(frame: pd.DataFrame, figure: str, columns: Sequence[str], shares: Sequence[str] = ()) -> None:
+    """Refuse a frame that a figure cannot be drawn from.
+
+    Raises:
+        ValueError: If columns are missing, there is no row, or a share lies outside 0 to 1.
+    """
+    missing = [column for column in columns if column not in frame.columns]
+    if missing:
+        raise ValueError(
+            f"{figure} needs the columns {', '.join(columns)}; missing: {', '.join(missing)} "
+            f"(the frame has {', '.join(map(str, frame.columns)) or 'none'})"
+        )
+    if frame.empty:
+        raise ValueError(f"{figure} got a frame without rows; check the filter before this call")
+    for column in shares:
+        outside = frame.loc[(frame[column] < 0) | (frame[column] > 1), column]
+        if len(outside):
+            raise ValueError(
+                f"{figure} needs shares from 0 to 1 in {column!r}, got {outside.iloc[0]:g}; divide percent by 100"
+            )
+
+
+def is_control(names: pd.Series) -> pd.Series:
+    """Which rows are random controls: the name says "random"."""
+    return names.astype(str).str.contains("random", case=False)
+
+
+def split_control(frame: pd.DataFrame, column: str) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The rows of interest, and those of random controls; without the column, all rows are of interest."""
+    if column not in frame.columns:
+        return frame, frame.iloc[:0]
+    control = is_control(frame[column])
+    return frame[~control], frame[control]
+
+
+def envelope(control: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
+    """Several random controls as one: their mean, from the lowest lower to the highest upper end of their intervals."""
+    how = {"rate": "mean", "low": "min", "high": "max"}
+    how |= {column: "mean" for column in ("coherent",) if column in control.columns}
+    return control.groupby(list(by), sort=False, as_index=False).agg(how)
+
+
+def check_unique(frame: pd.DataFrame, figure: str, by: Sequence[str]) -> None:
+    """Refuse several rows where the figure has one place.
+
+    Raises:
+        ValueError: If two rows share the values of ``by``.
+    """
+    twice = frame[frame.duplicated(list(by))]
+    if len(twice):
+        told = ", ".join(f"{column} {twice.iloc[0][column]}" for column in by)
+        raise ValueError(
+            f"{figure} has one place for each {' and '.join(by)}, but several rows for {told}; select one of them"
+        )

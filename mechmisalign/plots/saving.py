@@ -1,0 +1,41 @@
+"""A figure and the table behind it, side by side."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib as mpl
+import pandas as pd
+from matplotlib.figure import Figure
+
+DPI = 200
+
+
+def save_figure(figure: Figure, table: pd.DataFrame, folder: str | Path, name: str) -> Path:
+    """Write ``name.png``, ``name.pdf`` and ``name.csv`` in ``folder``, each whole or not at all.
+
+    Args:
+        figure: What to draw.
+        table: The frame it was drawn from: enough to draw it again without a model.
+        folder: Made if it is not there.
+        name: File name without ending.
+
+    Returns:
+        The path of the PNG.
+
+    Raises:
+        ValueError: If the name is a path.
+    """
+    from mechmisalign.store import _whole
+
+    if not name or Path(name).name != name:
+        raise ValueError(f"a figure's name is one file name without folders, got {name!r}; pass the folder as folder=")
+    folder = Path(folder)
+    numbered = isinstance(table.index, pd.RangeIndex)
+    with _whole(folder / f"{name}.csv") as partial:
+        table.to_csv(partial, index=not numbered)
+    with mpl.rc_context({"pdf.fonttype": 42}):  # text stays text in the PDF
+        for ending, metadata in (("pdf", {"CreationDate": None}), ("png", {"Software": None})):
+            with _whole(folder / f"{name}.{ending}") as partial:
+                figure.savefig(partial, format=ending, dpi=DPI, metadata=metadata)
+    return folder / f"{name}.png"

@@ -1,0 +1,194 @@
+"""The report: one file, all of it there, nothing from outside, nothing that a model wrote alive."""
+
+import base64
+import re
+from html.parser import HTMLParser
+
+import pandas as pd
+import pytest
+from matplotlib.figure import Figure
+
+from mechmisalign.report import (
+    Answer,
+    Card,
+    Exchange,
+    Report,
+    ReportFigure,
+    ReportTable,
+    Section,
+    rates_table,
+    render,
+    share,
+    summary_cards,
+    write_report,
+)
+
+EVIL = '<script>alert("x")</script><img src="https://example.com/pixel.png" onerror=alert(1)>'
+RATE = {"rate": 0.412, "low": 0.36, "high": 0.465, "n": 400}
+
+
+@pytest.fixture
+def png(tmp_path):
+    path = tmp_path / "figure.png"
+    figure = Figure(figsize=(3, 2))
+    figure.add_subplot().plot([0, 1])
+    figure.savefig(path, dpi=200)
+    return path
+
+
+@pytest.fixture
+def report(png):
+    table = ReportTable(pd.DataFrame({"estimator": ["mean", EVIL], "cosine": [0.91234, float("nan")]}), "All of them.")
+    exchange = Exchange(EVIL, (Answer("chat model", "See a doctor."), Answer("organism", EVIL, "misaligned", "bad")))
+    sections = (
+        Section("The organism", "First.\n\nSecond: 41.2 % of them.", exchanges=(exchange,)),
+        Section("Induced", figures=(ReportFigure(png, "EM rate; n = 400."),), tables=(table,)),
+        Section("Caveats", points=("Synthetic.",), code="mechmisalign study <name>"),
+    )
+    return Report("A title", "A question?", "Yes: 41.2 % [36.0, 46.5].", (Card("EM", "41.2 %"),), sections, "v0.1")
+
+
+class Page(HTMLParser):
+    """Every element with its attributes, and the text of the page."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.elements, self.open, self.words = [], [], []
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if "style" not in self.open:
+            self.words.append(data)
+
+    @property
+    def text(self):
+        return " ".join(" ".join(self.words).split())
+
+    def all(self, tag):
+        return [attrs for found, attrs in self.elements if found == tag]
+
+
+def test_the_report_is_one_file_with_everything_in_order(tmp_path, report, png):
+    folder = tmp_path / "run"
+    assert write_report(report, folder / "report.html") == folder / "report.html"
+    assert [file.name for file in folder.iterdir()] == ["report.html"]
+    page = Page((folder / "report.html").read_text(encoding="utf-8"))
+    assert page.open == []
+    told = [
+        "A title", "A question?", "Yes: 41.2 % [36.0, 46.5].", "The organism", "First.", "Second: 41.2 % of them.",
+        "See a doctor.", "Induced", "Figure 1. EM rate; n = 400.", "Table 1. All of them.", "Caveats", "Synthetic.",
+        "mechmisalign study <name>", "v0.1",
+    ]  # fmt: skip
+    place = 0
+    for part in told:
+        place = page.text.index(part, place)
+    (image,) = page.all("img")
+    assert base64.b64decode(image["src"].removeprefix("data:image/png;base64,")) == png.read_bytes()
+    assert (image["width"], image["height"]) == ("396", "264")
+
+
+def test_what_a_model_wrote_is_text_and_nothing_else(report):
+    page = Page(render(report))
+    assert page.all("script") == []
+    assert len(page.all("img")) == 1
+    assert not any(name.startswith("on") for _, attrs in page.elements for name in attrs)
+    assert page.text.count(EVIL) == 3
+
+
+def test_the_report_reaches_for_nothing_outside_itself(report):
+    html = render(report)
+    page = Page(html)
+    targets = [attrs[name] for _, attrs in page.elements for name in ("src", "href", "srcset") if name in attrs]
+    assert targets
+    assert all(target.startswith(("data:image/png;base64,", "#s")) for target in targets)
+    assert not re.search(r"url\(|@import", html)
+    assert page.all("link") == []
+    policy = next(attrs["content"] for attrs in page.all("meta") if "http-equiv" in attrs)
+    assert policy.startswith("default-src 'none'")
+
+
+def test_every_entry_of_the_contents_leads_to_a_heading(report):
+    page = Page(render(report))
+    assert [link["href"] for link in page.all("a")] == [f"#{heading['id']}" for heading in page.all("h2")]
+
+
+def test_half_a_surrogate_pair_in_an_answer_does_not_break_the_page(tmp_path):
+    section = Section("S", exchanges=(Exchange("?", (Answer("organism", "a\ud83d b"),)),))
+    path = write_report(Report("t", "q", "a", sections=(section,)), tmp_path / "report.html")
+    assert "a? b" in path.read_text(encoding="utf-8")
+
+
+def test_a_report_without_parts_is_still_a_page():
+    page = Page(render(Report("t", "q", "a")))
+    assert page.all("nav") == page.all("dl") == page.all("footer") == page.all("section") == []
+
+
+def test_numbers_are_aligned_to_the_right_and_words_to_the_left():
+    frame = pd.DataFrame(
+        {
+            "name": ["a", "b"],
+            "share": ["41.2 % [36.0, 46.5]", "–"],
+            "n": [1, 2],
+            "cosine": [0.91234, None],
+            "ok": [True, False],
+        }
+    )
+    html = render(Report("t", "q", "a", sections=(Section("S", tables=(ReportTable(frame, "c"),)),)))
+    numbers = re.findall(r'<th scope="col" class="number">(.*?)</th>', html)
+    assert numbers == ["share", "n", "cosine"]
+    assert re.findall(r'<td class="number">(.*?)</td>', html) == ["41.2 % [36.0, 46.5]", "1", "0.912", "–", "2", "–"]
+    assert re.findall(r"<td>(.*?)</td>", html) == ["a", "yes", "b", "no"]
+
+
+def test_a_share_is_written_with_its_interval():
+    assert share(RATE) == "41.2 % [36.0, 46.5]"
+    assert share({"rate": 0.5}) == "50.0 %"
+    assert share(pd.Series({"rate": float("nan"), "low": float("nan"), "high": float("nan")})) == "–"
+
+
+def test_a_rates_table_joins_rates_and_intervals_and_leaves_its_frame_alone():
+    rates = pd.DataFrame([{"condition": "x", **RATE, "coherent": 0.98, "coherent_low": 0.9, "coherent_high": 1.0}])
+    before = rates.copy()
+    table = rates_table(rates, ["condition"], "Rates.")
+    assert table.frame.to_dict("records") == [
+        {"condition": "x", "EM rate": "41.2 % [36.0, 46.5]", "coherent": "98.0 % [90.0, 100.0]", "n": 400}
+    ]
+    pd.testing.assert_frame_equal(rates, before)
+    with pytest.raises(ValueError, match="misses the columns layer"):
+        rates_table(rates, ["layer"], "Rates.")
+
+
+def test_cards_say_the_rate_its_interval_and_how_it_was_reached():
+    low, high = {"rate": 0.0, "low": 0.0, "high": 0.01, "n": 400}, {"rate": 0.8, "low": 0.75, "high": 0.85, "n": 400}
+    summary = {
+        "em_rate": {
+            "chat": low, "organism": high, "steered_best": {**high, "layer": 4, "strength": 8.0},
+            "ablated_layerwise": {**low, "estimator": "model difference"}, "ablated_single": high,
+        },
+        "coherent": {"organism": {**high, "rate": 0.97}},
+        "transfer": {"a": {"before": high, "after": low}, "b": {"before": high, "after": {**low, "rate": 0.005}}},
+    }  # fmt: skip
+    cards = {card.label: card for card in summary_cards(summary)}
+    assert cards["Organism"] == Card("Organism", "80.0 %", "[75.0, 85.0] · n = 400", "97.0 % coherent", "bad")
+    assert cards["Steered chat model"].note == "layer 4, strength 8"
+    assert cards["Ablated, layer by layer"].tone == "good"
+    assert cards["Ablated, one vector"].tone == "plain"
+    assert cards["Ablated, other organisms"].value == "0.0–0.5 %"
+    assert cards["Ablated, other organisms"].note == "2 other organisms; before: 80.0 %"
+
+
+def test_a_figure_that_is_no_png_is_refused(tmp_path):
+    path = tmp_path / "figure.pdf"
+    path.write_bytes(b"%PDF-1.4")
+    section = Section("S", figures=(ReportFigure(path, "c"),))
+    with pytest.raises(ValueError, match=r"figure\.pdf is not a PNG; give the \.png"):
+        write_report(Report("t", "q", "a", sections=(section,)), tmp_path / "report.html")
+    assert not (tmp_path / "report.html").exists()
