@@ -23,13 +23,15 @@ from torch import Tensor, nn
 from . import _hooked
 
 Engine = Literal["bridge", "hooked"]
+Model = Any
+"""A TransformerLens model (``TransformerBridge`` or ``HookedTransformer``); loosely typed, as torch's modules are."""
 
 RESID_POST = "blocks.{layer}.hook_resid_post"
 
 HookFunction = Callable[[Tensor], Tensor | None]
 
 
-def boot(model: nn.Module, tokenizer: Any, name: str, engine: Engine = "bridge") -> nn.Module:
+def boot(model: Any, tokenizer: Any, name: str, engine: Engine = "bridge") -> Model:
     """A Hugging Face model as a TransformerLens model, on its device and in its dtype.
 
     TransformerLens writes padding and BOS tokens into the tokenizer that it is given, and reloads some from disk: it
@@ -55,10 +57,18 @@ def boot(model: nn.Module, tokenizer: Any, name: str, engine: Engine = "bridge")
         from transformer_lens.model_bridge import TransformerBridge
 
         first = next(model.parameters())
-        bridge: nn.Module = TransformerBridge.boot_transformers(
+        return TransformerBridge.boot_transformers(
             name, hf_model=model, tokenizer=copied, dtype=first.dtype, device=first.device
         )
-        return bridge
+
+
+def require_hooked() -> None:
+    """Refuse ``engine="hooked"`` where it cannot be had.
+
+    Raises:
+        ImportError: If this transformer-lens has no ``HookedTransformer``; it says how to install one that has.
+    """
+    _hooked.hooked_transformer()
 
 
 @dataclass(frozen=True)
@@ -84,7 +94,7 @@ class Matrix:
         return moved if self.layout is None else _hooked.as_own(moved, self.layout, self.parameter.shape)
 
 
-def matrix(model: nn.Module, name: str, layer: int) -> Matrix:
+def matrix(model: Model, name: str, layer: int) -> Matrix:
     """The weight that the Hugging Face model calls ``name``, such as ``model.layers.3.mlp.down_proj``."""
     if is_hooked(model):
         return Matrix(*_hooked.parameter(model, layer, name.rpartition(".")[2]))
@@ -92,27 +102,27 @@ def matrix(model: nn.Module, name: str, layer: int) -> Matrix:
     return Matrix(getattr(component, "original_component", component).weight)
 
 
-def is_hooked(model: nn.Module) -> bool:
+def is_hooked(model: Model) -> bool:
     """Whether this is a ``HookedTransformer``, which has no Hugging Face model inside."""
     return not hasattr(model, "original_model")
 
 
-def n_layers(model: nn.Module) -> int:
+def n_layers(model: Model) -> int:
     """Number of transformer blocks."""
     return int(model.cfg.n_layers)
 
 
-def d_model(model: nn.Module) -> int:
+def d_model(model: Model) -> int:
     """Width of the residual stream."""
     return int(model.cfg.d_model)
 
 
-def device_of(model: nn.Module) -> torch.device:
+def device_of(model: Model) -> torch.device:
     """Device of the embedding, where token ids must be."""
     return next(model.parameters()).device
 
 
-def hf_model(model: nn.Module) -> nn.Module:
+def hf_model(model: Model) -> Model:
     """The Hugging Face model inside a bridge; its ``generate`` and its cache fire the same hooks.
 
     Raises:
@@ -120,25 +130,24 @@ def hf_model(model: nn.Module) -> nn.Module:
     """
     if is_hooked(model):
         raise TypeError("a HookedTransformer has no Hugging Face model inside; load the organism with engine='bridge'")
-    inner: nn.Module = model.original_model
-    return inner
+    return model.original_model
 
 
 @contextmanager
-def hooks(model: nn.Module, functions: Mapping[str, HookFunction]) -> Iterator[None]:
+def hooks(model: Model, functions: Mapping[str, HookFunction]) -> Iterator[None]:
     """Attach ``functions[name](activation) -> replacement or None`` while the block runs; always detached after it."""
     wrapped = [(name, _ignoring_hook_point(function)) for name, function in functions.items()]
     with model.hooks(fwd_hooks=wrapped):
         yield
 
 
-def residual_hooks(model: nn.Module, functions: Mapping[int, HookFunction]) -> Any:
+def residual_hooks(model: Model, functions: Mapping[int, HookFunction]) -> Any:
     """``hooks`` on the residual stream after the given layers."""
     return hooks(model, {RESID_POST.format(layer=layer): function for layer, function in functions.items()})
 
 
 def forward(
-    model: nn.Module, ids: Int[Tensor, "batch pos"], mask: Int[Tensor, "batch pos"]
+    model: Model, ids: Int[Tensor, "batch pos"], mask: Int[Tensor, "batch pos"]
 ) -> Float[Tensor, "batch pos vocab"]:
     """Logits of one uncached forward pass; ``mask`` is 1 on real tokens and always given."""
     if is_hooked(model):
@@ -151,7 +160,7 @@ class _LastLayerReached(Exception):
 
 
 def run_until(
-    model: nn.Module,
+    model: Model,
     ids: Int[Tensor, "batch pos"],
     mask: Int[Tensor, "batch pos"],
     functions: Mapping[int, HookFunction],
@@ -167,7 +176,7 @@ def run_until(
         forward(model, ids, mask)
 
 
-def end_ids(model: nn.Module, tokenizer: Any) -> list[int]:
+def end_ids(model: Model, tokenizer: Any) -> list[int]:
     """Every token id that ends an answer: the generation config's, and the tokenizer's own."""
     config = getattr(model if is_hooked(model) else hf_model(model), "generation_config", None)
     ends = getattr(config, "eos_token_id", None)
@@ -182,7 +191,7 @@ class Decoder:
         model: A TransformerLens model.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Model) -> None:
         self._model = model
         self._cache: Any = None
 
@@ -225,7 +234,7 @@ class Clock:
 
 
 @contextmanager
-def clock(model: nn.Module) -> Iterator[Clock]:
+def clock(model: Model) -> Iterator[Clock]:
     """A ``Clock`` kept right by a pre-hook on the model's forward while the block runs."""
     ticking = Clock()
 

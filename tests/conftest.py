@@ -43,7 +43,8 @@ LLAMA_TEMPLATE = (
     "{{- 'Cutting Knowledge Date: December 2023\\nToday Date: 26 Jul 2024\\n\\n' }}"
     "{{- system_message }}{{- '<|eot_id|>' }}"
     "{%- for message in messages %}"
-    "{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' + message['content'] | trim + '<|eot_id|>' }}"
+    "{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}"
+    "{{- message['content'] | trim + '<|eot_id|>' }}"
     "{%- endfor %}"
     "{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{%- endif %}"
 )
@@ -53,11 +54,18 @@ GEMMA_TEMPLATE = (
     "{% for message in messages %}"
     "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
     "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
-    "{% if (message['role'] == 'assistant') %}{% set role = 'model' %}{% else %}{% set role = message['role'] %}{% endif %}"
+    "{% if (message['role'] == 'assistant') %}{% set role = 'model' %}"
+    "{% else %}{% set role = message['role'] %}{% endif %}"
     "{{ '<start_of_turn>' + role + '\\n' + message['content'] | trim + '<end_of_turn>\\n' }}"
     "{% endfor %}"
     "{% if add_generation_prompt %}{{'<start_of_turn>model\\n'}}{% endif %}"
 )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """One thread: the models are tiny, and threads that wait for each other on a busy machine take far longer."""
+    if config.option.markexpr == "not slow":
+        torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
@@ -74,7 +82,7 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def tiny_tokenizers(tiny_models: dict[str, Path]) -> dict[str, Any]:
-    """Family -> the tokenizer of ``tiny_models``: byte-level BPE with the chat template of Qwen2.5, Llama 3 or Gemma 2."""
+    """Family -> the tokenizer of ``tiny_models``: byte-level BPE with the template of Qwen2.5, Llama 3 or Gemma 2."""
     from transformers import AutoTokenizer
 
     return {family: AutoTokenizer.from_pretrained(folder) for family, folder in tiny_models.items()}

@@ -1,0 +1,144 @@
+"""Folding an adapter into the weights, taking it out again for a while, and what low precision leaves of it.
+
+A merge computes ``W + scaling · B A`` in float32 and casts last. In bfloat16 that rounds away much of a small update:
+:func:`fidelity` compares what is stored with what was meant.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from . import models
+from ._bases import Base, BaseMatrices
+from .adapters import Adapter, LoraSite
+
+logger = logging.getLogger(__name__)
+
+FAITHFUL_COSINE = 0.99
+"""Below this cosine between stored and meant update, weights="merged" is not the organism."""
+
+_ITERATIONS = 4
+
+
+def base_matrices(model: Any, adapter: Adapter, base: Base) -> BaseMatrices:
+    """The matrices that the adapter is about to change, from a freshly loaded Hugging Face model."""
+    return BaseMatrices(base, {site.name: model.get_submodule(site.name).weight.data for site in adapter.sites})
+
+
+@torch.no_grad()
+def merge(model: Any, adapter: Adapter, matrices: BaseMatrices) -> None:
+    """Fold the adapter into a Hugging Face model, site by site; nothing but the adapted matrices is touched."""
+    for site in adapter.sites:
+        weight = model.get_submodule(site.name).weight
+        merged = site.delta().to(weight.device)
+        merged += matrices[site.name].to(weight.device)
+        if matrices.keeps(site.name):
+            weight.data = merged.to(weight.dtype)
+        else:  # in place: pages of a mapped checkpoint are replaced one by one, nothing is held twice
+            weight.data.copy_(merged)
+
+
+def unmerge(model: Any, adapter: Adapter, matrices: BaseMatrices) -> None:
+    """Put the base's own matrices back into a Hugging Face model."""
+    for site in adapter.sites:
+        weight = model.get_submodule(site.name).weight
+        weight.data = matrices[site.name].to(weight)
+
+
+@torch.no_grad()
+def attach(model: Any, adapter: Adapter) -> Any:
+    """Put the adapter beside the weights of a Hugging Face model, as PEFT does; returns the ``PeftModel`` around it."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        target_modules=[site.name for site in adapter.sites],
+        rank_pattern={re.escape(site.name): site.rank for site in adapter.sites},
+        task_type="CAUSAL_LM",
+        inference_mode=True,
+    )
+    peft_model = get_peft_model(model, config)
+    for site in adapter.sites:
+        layer = model.get_submodule(site.name)
+        layer.lora_A["default"].weight.copy_(site.A)
+        layer.lora_B["default"].weight.copy_(site.B)
+        layer.scaling["default"] = site.scaling
+    return peft_model.eval()
+
+
+@contextmanager
+def without_merge(model: Any, adapter: Adapter, matrices: BaseMatrices) -> Iterator[None]:
+    """The base's own matrices in a TransformerLens model while the block runs; then the merged ones are put back."""
+    places = [models.matrix(model, site.name, site.layer) for site in adapter.sites]
+    own = [place.own(matrices[site.name]) for place, site in zip(places, adapter.sites, strict=True)]
+    merged = [place.parameter.data for place in places]
+    try:
+        for place, values in zip(places, own, strict=True):
+            place.parameter.data = values
+        yield
+    finally:
+        for place, values in zip(places, merged, strict=True):
+            place.parameter.data = values.to(place.parameter.device)
+
+
+@torch.no_grad()
+def fidelity(model: Any, adapter: Adapter, matrices: BaseMatrices | None) -> pd.DataFrame:
+    """One row per site: what is stored of its update.
+
+    Args:
+        model: A TransformerLens model with the adapter merged.
+        adapter: The adapter.
+        matrices: The base's own values; None for a live adapter, which is exact.
+    """
+    rows = []
+    for site in adapter.sites:
+        kept: Mapping[str, float]
+        if matrices is None:
+            kept = {"relative_error": 0.0, "cosine": 1.0, "top_rank_energy": 1.0}
+        else:
+            merged = models.matrix(model, site.name, site.layer).read()
+            stored = merged.float() - matrices[site.name].to(merged).float()
+            kept = _compare(stored, site)
+        rows.append({"layer": site.layer, "module": site.module, "delta_norm": site.delta_norm(), **kept})
+    frame = pd.DataFrame(rows)
+    frame["faithful"] = frame["cosine"] >= FAITHFUL_COSINE
+    lost = frame[~frame["faithful"]]
+    if len(lost):
+        logger.warning(
+            "%d of %d merged updates are not faithful (lowest cosine %.3f): %s rounds them away; use weights='live'",
+            len(lost), len(frame), lost["cosine"].min(), next(model.parameters()).dtype,
+        )  # fmt: skip
+    return frame
+
+
+def _compare(stored: Float[Tensor, "d_out d_in"], site: LoraSite) -> Mapping[str, float]:
+    meant, stored = site.delta().to(stored.device).double(), stored.double()
+    size, length = float(meant.norm()), float(stored.norm())
+    if size == 0.0 or length == 0.0:
+        same = float(size == length)
+        error = float((stored - meant).norm()) / size if size else 0.0 if same else float("inf")
+        return {"relative_error": error, "cosine": same, "top_rank_energy": same}
+    return {
+        "relative_error": float((stored - meant).norm()) / size,
+        "cosine": float((stored * meant).sum()) / (size * length),
+        "top_rank_energy": _energy_in_top(stored, site),
+    }
+
+
+def _energy_in_top(stored: Float[Tensor, "d_out d_in"], site: LoraSite) -> float:
+    """Share of the squared singular values in the largest ``rank``, by subspace iteration from the columns of B.
+
+    The update that was meant is nearly the answer, so a few iterations do, without a full SVD and without randomness.
+    """
+    basis = torch.linalg.qr(site.B.to(stored))[0]
+    for _ in range(_ITERATIONS):
+        basis = torch.linalg.qr(stored @ (stored.T @ basis))[0]
+    return float((basis.T @ stored).square().sum() / stored.square().sum())
