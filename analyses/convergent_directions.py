@@ -1,8 +1,8 @@
 """Do different fine-tunes share one misalignment direction? See 2506.11618, section 3.5, figures 12 and 13.
 
 For each organism: sample its own answers, judge them, and take the mean difference between its misaligned and its
-aligned ones. Then compare: cosine of each pair in each layer, beside what two random directions of that width give, and the
-reliability of each direction (two halves of its own prompts), which is the ceiling of any cosine.
+aligned ones. Then compare: cosine of each pair in each layer, beside what two random directions of that width give,
+and the reliability of each direction (two halves of its own prompts), which is the ceiling of any cosine.
 
     python analyses/convergent_directions.py --out runs/convergent
 """

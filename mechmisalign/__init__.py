@@ -33,7 +33,7 @@ _HOME = {
     "rates": "judging",
     "split_half": "estimators",
     "study": "studies",
-    "verify": "organisms",
+    "verify": "verification",
     "whitened_difference": "estimators",
 }
 _SUBPACKAGES = ("geometry", "plots", "pocket", "statistics")

@@ -154,8 +154,8 @@ class Direction:
         """
         if not _same_base(self.header, provenance):
             raise DirectionMismatchError(
-                f"this direction was found in {_base_name(self.header)} and cannot be used in {_base_name(provenance)}: "
-                "residual bases differ between models"
+                f"this direction was found in {_base_name(self.header)} and cannot be used in "
+                f"{_base_name(provenance)}: residual bases differ between models"
             )
         if self.d_model != d_model or max(self.layers) >= n_layers:
             raise DirectionMismatchError(

@@ -28,7 +28,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Conditions = Mapping[str, Sequence[Intervention]]
+Conditions = Mapping[str, Intervention | Sequence[Intervention]]
+"""Named sets of interventions; a single one may stand for itself."""
+
+_WRITTEN = ("condition", "sample", "response", "finished", "tokens")
+
+_COMPACT_AT = 0.75
+"""Finished rows leave the batch when no more than this share of it goes on: leaving costs a copy of the cache."""
 
 
 def generate(
@@ -59,14 +65,18 @@ def generate(
     Returns:
         One row per answer: ``condition, sample``, the prompts' columns, ``response, finished, tokens``.
     """
-    rows = answer_rows(prompts, {"none": ()} if conditions is None else conditions, samples)
-    parts = list(
-        generate_rows(
-            organism, rows, {"none": ()} if conditions is None else conditions,
-            max_new_tokens=max_new_tokens, temperature=temperature, system=system, seed=seed, batch_rows=batch_rows,
-        )
-    )  # fmt: skip
-    return pd.concat(parts).sort_index()
+    named: Conditions = {"none": ()} if conditions is None else conditions
+    parts = generate_rows(
+        organism,
+        answer_rows(prompts, named, samples),
+        named,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        system=system,
+        seed=seed,
+        batch_rows=batch_rows,
+    )
+    return pd.concat(list(parts)).sort_index()
 
 
 def answer_rows(prompts: pd.DataFrame | Sequence[str], conditions: Conditions, samples: int) -> pd.DataFrame:
@@ -87,7 +97,7 @@ def prompts_frame(prompts: pd.DataFrame | Sequence[str]) -> pd.DataFrame:
     """Prompts as a frame with unique ``prompt_id``.
 
     Raises:
-        ValueError: If there is no prompt, or two share an id.
+        ValueError: If there is no prompt, a prompt or an id stands twice, or a column is one that sampling writes.
     """
     frame = (
         prompts.reset_index(drop=True) if isinstance(prompts, pd.DataFrame) else pd.DataFrame({"prompt": list(prompts)})
@@ -98,9 +108,15 @@ def prompts_frame(prompts: pd.DataFrame | Sequence[str]) -> pd.DataFrame:
         )
     if "prompt_id" not in frame.columns:
         frame = frame.assign(prompt_id=[f"p{i}" for i in range(len(frame))])
-    if frame["prompt_id"].duplicated().any():
-        twice = frame["prompt_id"][frame["prompt_id"].duplicated()].iloc[0]
-        raise ValueError(f"prompt_id {twice!r} stands twice; each prompt needs its own, intervals are clustered by it")
+    for column in ("prompt", "prompt_id"):
+        if frame[column].duplicated().any():
+            twice = frame[column][frame[column].duplicated()].iloc[0]
+            raise ValueError(
+                f"the {column} '{twice}' stands twice; samples are keyed by prompt and clustered by its id"
+            )
+    taken = [column for column in _WRITTEN if column in frame.columns]
+    if taken:
+        raise ValueError(f"prompts have the columns {taken}, which sampling writes itself; drop or rename them")
     return frame
 
 
@@ -122,7 +138,8 @@ def generate_rows(
     """
     if temperature < 0:
         raise ValueError(f"temperature must be 0 or more, got {temperature}")
-    for interventions in conditions.values():
+    sets = [as_set(interventions) for interventions in conditions.values()]
+    for interventions in sets:
         check_fits(interventions, organism.provenance, organism.model)
     codes = pd.Categorical(rows["condition"], categories=list(conditions)).codes
     texts = list(dict.fromkeys(rows["prompt"]))
@@ -133,7 +150,7 @@ def generate_rows(
         while start < len(rows):
             picked = order[start : start + batch_rows]
             batch = rows.iloc[picked]
-            sampler = _Sampler(organism, list(conditions.values()), max_new_tokens, temperature)
+            sampler = _Sampler(organism, sets, max_new_tokens, temperature)
             try:
                 answers = sampler.sample(
                     [ids_of[text] for text in batch["prompt"]], codes[picked], uniforms(batch, seed, max_new_tokens)
@@ -151,6 +168,11 @@ def generate_rows(
             )
 
 
+def as_set(interventions: Intervention | Sequence[Intervention]) -> tuple[Intervention, ...]:
+    """A condition's interventions as a tuple, in the order in which they act."""
+    return (interventions,) if isinstance(interventions, Intervention) else tuple(interventions)
+
+
 def uniforms(rows: pd.DataFrame, seed: int, count: int) -> Float[np.ndarray, "batch token"]:
     """Each row's own stream of uniform numbers, keyed by (seed, prompt, sample, condition)."""
     streams = []
@@ -161,10 +183,10 @@ def uniforms(rows: pd.DataFrame, seed: int, count: int) -> Float[np.ndarray, "ba
 
 
 class _Sampler:
-    """The decoding loop of one batch: prefill, then token by token with a KV cache; finished rows leave the batch."""
+    """The decoding loop of one batch: prefill, then token by token with a KV cache; finished rows leave."""
 
     def __init__(
-        self, organism: Organism, conditions: list[Sequence[Intervention]], max_new_tokens: int, temperature: float
+        self, organism: Organism, conditions: Sequence[Sequence[Intervention]], max_new_tokens: int, temperature: float
     ) -> None:
         self.organism = organism
         self.conditions = conditions
@@ -184,17 +206,18 @@ class _Sampler:
         draws = torch.from_numpy(noise).to(self.device)
         written = torch.full((len(prompts), self.max_new_tokens), -1, dtype=torch.long, device=self.device)
         alive = torch.arange(len(prompts), device=self.device)
+        going_on = torch.ones(len(prompts), dtype=torch.bool, device=self.device)
         decoder = models.Decoder(self.organism.model)
         with planned(self.organism.model, plan):
             for step in range(self.max_new_tokens):
                 tokens = pick_tokens(decoder.next_logits(ids, mask), draws[alive, step], self.temperature)
-                written[alive, step] = tokens
-                going_on = ~torch.isin(tokens, ends)
-                if not bool(going_on.all()):
-                    kept = going_on.nonzero().squeeze(1)
-                    if not len(kept):
-                        break
-                    alive, tokens, mask = alive[kept], tokens[kept], mask[kept]
+                written[alive, step] = torch.where(going_on, tokens, -1)
+                going_on &= ~torch.isin(tokens, ends)
+                kept = going_on.nonzero().squeeze(1)
+                if not len(kept):
+                    break
+                if len(kept) <= _COMPACT_AT * len(alive):
+                    alive, tokens, mask, going_on = alive[kept], tokens[kept], mask[kept], going_on[kept]
                     decoder.keep(kept)
                     plan.keep(kept)
                 ids = tokens[:, None]

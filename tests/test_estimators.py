@@ -14,9 +14,7 @@ def grouped(rows: np.ndarray, labels, prompts, tokens=None) -> Moments:
     """Moments of one layer from one mean per group."""
     groups = pd.DataFrame({"label": labels, "prompt_id": prompts, "sample": range(len(labels))})
     mean = torch.from_numpy(np.asarray(rows, dtype=np.float64))[:, None]
-    return Moments(
-        groups.assign(tokens=1 if tokens is None else tokens), mean, mean.norm(dim=-1), (0,), {"model": "m"}
-    )
+    return Moments(groups.assign(tokens=1 if tokens is None else tokens), mean, mean.norm(dim=-1), (0,), {"model": "m"})
 
 
 def planted(n=200, width=12, shift=3.0, seed=0):
@@ -30,7 +28,9 @@ def planted(n=200, width=12, shift=3.0, seed=0):
     return grouped(rows, labels, [f"p{i // 4}" for i in range(n)]), truth
 
 
-@pytest.mark.parametrize("name", ["mean_difference", "matched_mean_difference", "whitened_difference", "logistic_direction"])
+@pytest.mark.parametrize(
+    "name", ["mean_difference", "matched_mean_difference", "whitened_difference", "logistic_direction"]
+)
 def test_a_planted_direction_is_found(name):
     moments, truth = planted(n=4000)
     found = getattr(estimators, name)(moments, *CLASSES)
@@ -64,9 +64,7 @@ def test_matching_needs_a_prompt_with_both_classes():
 
 def test_model_difference_and_first_principal_find_a_common_shift():
     moments, truth = planted()
-    shifted = grouped(
-        moments.mean[:, 0].numpy() + 2 * truth, moments.groups["label"], moments.groups["prompt_id"]
-    )
+    shifted = grouped(moments.mean[:, 0].numpy() + 2 * truth, moments.groups["label"], moments.groups["prompt_id"])
     for estimator in (estimators.model_difference, estimators.first_principal):
         assert_close(estimator(shifted, moments).at(0).double(), torch.from_numpy(2 * truth), atol=1e-5, rtol=0)
 

@@ -108,6 +108,13 @@ def test_out_of_memory_halves_the_batch(organism, monkeypatch):
     pd.testing.assert_frame_equal(mm.generate(organism, PROMPTS, samples=4, max_new_tokens=5), whole)
 
 
+def test_a_single_intervention_may_stand_for_itself(organism, conditions):
+    options = {"samples": 2, "max_new_tokens": 5}
+    alone = mm.generate(organism, PROMPTS, conditions={"steered": conditions["steered"][0]}, **options)
+    listed = mm.generate(organism, PROMPTS, conditions={"steered": conditions["steered"]}, **options)
+    pd.testing.assert_frame_equal(alone, listed)
+
+
 def test_labels_of_the_prompts_are_kept(organism):
     prompts = pd.DataFrame({"prompt_id": ["a", "b"], "prompt": PROMPTS[:2], "domain": ["x", "y"]})
     answers = mm.generate(organism, prompts, samples=2, max_new_tokens=3)
@@ -129,7 +136,9 @@ def test_sampling_follows_the_models_distribution():
         (["a"], {"samples": 0}, "samples must be at least 1"),
         (["a"], {"temperature": -1.0}, "temperature must be 0 or more"),
         (["a"], {"conditions": {}}, "no condition"),
-        (pd.DataFrame({"prompt": ["a", "b"], "prompt_id": [1, 1]}), {}, "stands twice"),
+        (pd.DataFrame({"prompt": ["a", "b"], "prompt_id": [1, 1]}), {}, "prompt_id '1' stands twice"),
+        (["a", "a"], {}, "prompt 'a' stands twice"),
+        (pd.DataFrame({"prompt": ["a"], "response": ["b"]}), {}, "which sampling writes itself"),
     ],
 )
 def test_wrong_questions_are_refused(organism, prompts, options, message):

@@ -10,10 +10,14 @@ from mechmisalign.moments import Moments, align_groups
 def made_moments(labels=("bad", "good"), prompts=4, layers=2, width=5, seed=0) -> Moments:
     """Random moments grouped by label and prompt."""
     rng = np.random.default_rng(seed)
-    groups = pd.DataFrame([(label, f"p{p}") for label in labels for p in range(prompts)], columns=["label", "prompt_id"])
+    groups = pd.DataFrame(
+        [(label, f"p{p}") for label in labels for p in range(prompts)], columns=["label", "prompt_id"]
+    )
     mean = torch.from_numpy(rng.normal(size=(len(groups), layers, width)))
     norm = mean.norm(dim=-1)
-    return Moments(groups.assign(tokens=rng.integers(1, 9, len(groups))), mean, norm, tuple(range(layers)), {"model": "m"})
+    return Moments(
+        groups.assign(tokens=rng.integers(1, 9, len(groups))), mean, norm, tuple(range(layers)), {"model": "m"}
+    )
 
 
 def test_pooled_mean_is_the_mean_over_tokens_not_over_groups():
@@ -21,7 +25,8 @@ def test_pooled_mean_is_the_mean_over_tokens_not_over_groups():
     weights = moments.groups["tokens"].to_numpy()
     for layer in moments.layers:
         assert_close(
-            moments.pooled()[layer], torch.from_numpy(np.average(moments.mean[:, layer].numpy(), axis=0, weights=weights))
+            moments.pooled()[layer],
+            torch.from_numpy(np.average(moments.mean[:, layer].numpy(), axis=0, weights=weights)),
         )
 
 
