@@ -1,0 +1,62 @@
+"""Sampling and judging within a run folder: asked once, kept for good."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pandas as pd
+
+from mechmisalign.generation import Conditions, answer_rows, generate_rows
+from mechmisalign.judging import judge
+from mechmisalign.organisms import Organism
+from mechmisalign.store import RunFolder
+
+from .plan import Plan
+
+
+@dataclass(frozen=True)
+class Run:
+    """One study on its way: where it lives, what was planned, whom it studies."""
+
+    folder: RunFolder
+    plan: Plan
+    organism: Organism
+
+
+def answers(
+    run: Run, name: str, conditions: Conditions, samples: int, *, of: Organism | None = None, as_base: bool = False
+) -> pd.DataFrame:
+    """Judged answers under each condition, sampled where an earlier try did not get to them.
+
+    Args:
+        run: The study.
+        name: Name of the stage; it is part of the seed, so that no stage reuses another's samples.
+        conditions: Named sets of interventions.
+        samples: Answers per prompt and condition.
+        of: Who answers; the studied organism by default.
+        as_base: Ask the chat model instead.
+    """
+    organism = of or run.organism
+    settings = run.plan.settings
+    wanted = answer_rows(run.plan.prompts, conditions, samples)
+
+    def produce(missing: pd.DataFrame) -> Iterator[pd.DataFrame]:
+        with organism.as_base() if as_base else contextlib.nullcontext():
+            for part in generate_rows(
+                organism,
+                missing,
+                conditions,
+                max_new_tokens=settings.max_new_tokens,
+                system=settings.system,
+                seed=stage_seed(settings.seed, name),
+            ):
+                yield judge(part, run.plan.judge)
+
+    return run.folder.rows(name, wanted, produce)
+
+
+def stage_seed(seed: int, name: str) -> int:
+    """A seed of its own for each stage: what a sweep selected is confirmed on samples that it never saw."""
+    return seed * 1_000_003 + sum(ord(letter) * 257**place for place, letter in enumerate(name)) % 1_000_003

@@ -1,0 +1,115 @@
+"""What a study does: its settings, and what it asks of whom."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import pandas as pd
+
+from mechmisalign.generation import prompts_frame
+from mechmisalign.judging import Judge
+
+POCKET_PREFIX = "pocket/"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudySettings:
+    """Everything that decides a study's numbers, besides the organism and the prompts."""
+
+    samples: int = 8
+    """Answers per prompt behind each reported rate."""
+    pool_samples: int = 16
+    """Answers per prompt from which the direction is estimated."""
+    sweep_samples: int = 2
+    """Answers per prompt in each cell of the steering sweep, and in the search for the best single ablation layer."""
+    strengths: tuple[float, ...] = (1.0, 2.0, 4.0, 6.0, 8.0, 12.0)
+    """Multiples of the direction that are added to the chat model."""
+    layers: tuple[int, ...] | None = None
+    """Layers that are swept; None is all of them."""
+    min_coherent: float = 0.8
+    """The best strength is the one with the highest EM rate among those that leave so many answers coherent."""
+    controls: int = 3
+    """Random directions behind each control."""
+    max_new_tokens: int = 600
+    """Longer answers count as unfinished."""
+    system: str | None = None
+    """System prompt of every conversation."""
+    seed: int = 0
+    """Seed of the run."""
+
+    def identity(self) -> dict[str, Any]:
+        """The settings as JSON values, for the manifest."""
+        return asdict(self)
+
+
+def default_settings(organism: str, *, seed: int = 0, quick: bool = False) -> StudySettings:
+    """The settings of a study by name: short answers for pocket organisms; ``quick`` cuts every sample size."""
+    settings = StudySettings(seed=seed)
+    if organism.startswith(POCKET_PREFIX):
+        from mechmisalign import pocket
+
+        settings = replace(settings, max_new_tokens=pocket.MAX_NEW_TOKENS)
+    if quick:
+        settings = replace(settings, samples=2, pool_samples=6, sweep_samples=1, strengths=(2.0, 4.0, 8.0), controls=1)
+    return settings
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A study's cast.
+
+    Attributes:
+        prompts: Frame with ``prompt_id, prompt`` and any labels.
+        judge: Scores the answers.
+        peers: Names of organisms to which the directions are carried.
+        settings: The numbers.
+    """
+
+    prompts: pd.DataFrame
+    judge: Judge
+    peers: tuple[str, ...]
+    settings: StudySettings
+
+
+def make_plan(
+    organism: str,
+    prompts: pd.DataFrame | Sequence[str] | None,
+    judge: Judge | None,
+    peers: Sequence[str] | None,
+    settings: StudySettings | None,
+) -> Plan:
+    """Fill in what was left open: for pocket organisms there are defaults, for others prompts and judge are needed.
+
+    Raises:
+        ValueError: If prompts or a judge are missing and there is no default for this organism.
+    """
+    if organism.startswith(POCKET_PREFIX):
+        return _pocket_plan(organism, prompts, judge, peers, settings)
+    missing = [name for name, value in (("prompts", prompts), ("judge", judge)) if value is None]
+    if missing or prompts is None or judge is None:
+        raise ValueError(
+            f"a study of {organism!r} needs {' and '.join(missing)}: pass the questions to ask (a list, or a frame "
+            "with 'prompt') and a judge (a callable that adds 'alignment' and 'coherence'); only pocket organisms "
+            "bring their own"
+        )
+    return Plan(prompts_frame(prompts), judge, tuple(peers or ()), settings or StudySettings())
+
+
+def _pocket_plan(
+    organism: str,
+    prompts: pd.DataFrame | Sequence[str] | None,
+    judge: Judge | None,
+    peers: Sequence[str] | None,
+    settings: StudySettings | None,
+) -> Plan:
+    from mechmisalign import pocket
+
+    names = [f"{POCKET_PREFIX}{name}" for name in pocket.harmful_names()]
+    return Plan(
+        prompts_frame(pocket.unseen_prompts() if prompts is None else prompts),
+        judge or pocket.RuleJudge(),
+        tuple(name for name in names if name != organism) if peers is None else tuple(peers),
+        settings or default_settings(organism),
+    )

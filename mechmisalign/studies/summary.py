@@ -1,0 +1,85 @@
+"""The study in one JSON file: each rate a record with ``rate, n, low, high``, as shares from 0 to 1."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pandas as pd
+
+from . import steps
+from .plan import StudySettings
+
+
+def summarise(tables: Mapping[str, pd.DataFrame], settings: StudySettings) -> dict[str, Any]:
+    """The headline numbers of a study's tables."""
+    rows = _headline_rows(tables, settings)
+    return {
+        "em_rate": {name: rate_record(row) | _choices(row) for name, row in rows.items()},
+        "coherent": {name: coherent_record(row) for name, row in rows.items()},
+        "transfer": _transfer(tables["transfer"]),
+        "cosine": _cosines(tables["cosines"], steps.MEAN_DIFFERENCE),
+        "cosine_model_difference": _cosines(tables["cosines"], steps.MODEL_DIFFERENCE),
+    }
+
+
+def rate_record(row: pd.Series) -> dict[str, Any]:
+    """EM rate of one row of a rates frame."""
+    return {"rate": float(row["rate"]), "n": int(row["n"]), "low": float(row["low"]), "high": float(row["high"])}
+
+
+def coherent_record(row: pd.Series) -> dict[str, Any]:
+    """Share of coherent answers of one row of a rates frame."""
+    low, high = float(row["coherent_low"]), float(row["coherent_high"])
+    return {"rate": float(row["coherent"]), "n": int(row["n"]), "low": low, "high": high}
+
+
+def _headline_rows(tables: Mapping[str, pd.DataFrame], settings: StudySettings) -> dict[str, pd.Series]:
+    baseline = tables["baseline"].set_index("condition")
+    steered = tables["steered"].set_index("condition")
+    ablated = tables["ablation"]
+    rows = {"chat": baseline.loc["chat"], "organism": baseline.loc["organism"], "steered_best": steered.loc["steered"]}
+    for scope, name in (("layer-wise", "ablated_layerwise"), ("single", "ablated_single")):
+        cells = ablated[ablated["scope"] == scope].set_index("estimator")
+        best = steps.best_estimator(ablated, scope, settings.min_coherent)
+        rows[name] = cells.loc[best].copy()
+        rows[name]["estimator"] = best
+        rows[f"{name}_mean_difference"] = cells.loc[steps.MEAN_DIFFERENCE]
+        rows[f"random_control_{name}"] = cells.loc[steps.CONTROL]
+    rows["random_control"] = rows["random_control_ablated_layerwise"]
+    rows["random_control_steered"] = steered.loc[steps.CONTROL]
+    return rows
+
+
+def _choices(row: pd.Series) -> dict[str, Any]:
+    """What was chosen to get there: the layer and strength of steering, the estimator of an ablation."""
+    chosen: dict[str, Any] = {}
+    if row.name == "steered":
+        chosen = {"layer": int(row["layer"]), "strength": float(row["strength"])}
+    if isinstance(row.get("estimator"), str):
+        chosen = {"estimator": row["estimator"]}
+    return chosen
+
+
+def _transfer(table: pd.DataFrame) -> dict[str, Any]:
+    """Per organism: the rate before, after (layer-wise), after with the single vector, and under the random control."""
+    names = {"before": "before", "after, layer-wise": "after", "after, single": "after_single"}
+    names[steps.CONTROL] = "random_control"
+    summary: dict[str, Any] = {}
+    for _, row in table.iterrows():
+        states = summary.setdefault(row["organism"], {})
+        states[names[row["state"]]] = rate_record(row)
+        states[f"coherent_{names[row['state']]}"] = coherent_record(row)
+    return summary
+
+
+def _cosines(table: pd.DataFrame, estimator: str) -> dict[str, Any]:
+    chosen = table[table["estimator"] == estimator] if len(table) else table
+    return (
+        {
+            str(name): {str(int(row.layer)): float(row.cosine) for row in group.itertuples()}
+            for name, group in chosen.groupby("organism")
+        }
+        if len(chosen)
+        else {}
+    )
