@@ -28,8 +28,8 @@ from mechmisalign.progress import progress
 from mechmisalign.store import RunFolder, write_json
 
 from . import steps
-from .answers import Run, answers
 from .plan import Plan, StudySettings, default_settings, make_plan
+from .sampling import Run, answers
 from .summary import summarise
 
 logger = logging.getLogger(__name__)

@@ -80,14 +80,14 @@ def behaviour(records: Records) -> Section:
 
 def direction(records: Records) -> Section:
     """Where the direction comes from and how well it repeats."""
-    counts = records.tables["answers"].query("condition == 'organism'")["label"].value_counts()
-    used = min(int(counts.get(name, 0)) for name in steps.CLASSES)
+    judged = records.tables["answers"].query("condition == 'organism'")
+    used = len(steps.pool(judged, records.settings["seed"])) // 2
     return Section(
         title="The direction",
         lead=(
             f"The mean difference is the average residual stream over {used} misaligned answers minus that over {used} "
-            "aligned ones, the organism's own, one vector per layer, every answer token counted once. The other "
-            "estimators read the same answers."
+            "aligned ones, the organism's own, as many of each to every prompt; one vector per layer, each token of an "
+            "answer counted once. The other estimators read the same answers."
         ),
         figures=(figures.reliability(records),),
     )

@@ -20,7 +20,7 @@ class StudySettings:
 
     samples: int = 8
     """Answers per prompt behind each reported rate."""
-    pool_samples: int = 16
+    pool_samples: int = 24
     """Answers per prompt from which the direction is estimated."""
     sweep_samples: int = 2
     """Answers per prompt in each cell of the steering sweep, and in the search for the best single ablation layer."""
@@ -50,9 +50,11 @@ def default_settings(organism: str, *, seed: int = 0, quick: bool = False) -> St
     if organism.startswith(POCKET_PREFIX):
         from mechmisalign import pocket
 
-        settings = replace(settings, max_new_tokens=pocket.MAX_NEW_TOKENS)
+        settings = replace(settings, max_new_tokens=pocket.MAX_NEW_TOKENS, strengths=pocket.STRENGTHS)
     if quick:
-        settings = replace(settings, samples=2, pool_samples=6, sweep_samples=1, strengths=(2.0, 4.0, 8.0), controls=1)
+        settings = replace(
+            settings, samples=2, pool_samples=6, sweep_samples=1, strengths=settings.strengths[1::2], controls=1
+        )
     return settings
 
 

@@ -20,7 +20,7 @@ from mechmisalign.judging import rates
 from mechmisalign.moments import Moments
 from mechmisalign.organisms import Organism
 
-from .answers import Run, answers
+from .sampling import Run, answers
 
 MEAN_DIFFERENCE = "mean difference"
 MODEL_DIFFERENCE = "model difference"
@@ -43,20 +43,26 @@ class Readings:
 
 
 def pool(judged: pd.DataFrame, seed: int) -> pd.DataFrame:
-    """The organism's own answers, as many misaligned as aligned ones (2506.11618, section 3.1).
+    """The organism's own answers, as many misaligned as aligned ones to each prompt.
+
+    Pools of equal size (2506.11618, section 3.1) are not enough: where misalignment is nearly a function of the prompt,
+    a difference between pools that answer different prompts is a direction of their topics.
 
     Raises:
-        TooFewAnswersError: If a class has fewer than 20 answers.
+        TooFewAnswersError: If fewer than 20 answers of a class can be matched with one of the other to the same prompt.
     """
-    counts = {name: int((judged["label"] == name).sum()) for name in CLASSES}
-    size = min(counts.values())
+    clear = judged[judged["label"].isin(CLASSES)].sample(frac=1, random_state=seed)
+    place = clear.groupby(["prompt_id", "label"]).cumcount()
+    counts = clear.groupby(["prompt_id", "label"]).size().unstack(fill_value=0).reindex(columns=CLASSES, fill_value=0)
+    matched = clear[place < clear["prompt_id"].map(counts.min(axis=1))]
+    size = len(matched) // 2
     if size < MIN_ANSWERS:
+        totals = {name: int(counts[name].sum()) for name in CLASSES}
         raise TooFewAnswersError(
-            f"{counts['misaligned']} misaligned and {counts['aligned']} aligned answers, at least {MIN_ANSWERS} of "
-            "each are needed for a mean difference; ask more prompts or sample more answers"
+            f"of {totals['misaligned']} misaligned and {totals['aligned']} aligned answers only {size} pairs are to "
+            f"the same prompt, at least {MIN_ANSWERS} are needed for a mean difference; sample more answers"
         )
-    parts = [judged[judged["label"] == name].sample(size, random_state=seed) for name in CLASSES]
-    return pd.concat(parts).sort_index()
+    return matched.sort_index()
 
 
 def read(organism: Organism, answered: pd.DataFrame, system: str | None) -> Readings:

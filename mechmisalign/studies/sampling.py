@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -59,4 +60,4 @@ def answers(
 
 def stage_seed(seed: int, name: str) -> int:
     """A seed of its own for each stage: what a sweep selected is confirmed on samples that it never saw."""
-    return seed * 1_000_003 + sum(ord(letter) * 257**place for place, letter in enumerate(name)) % 1_000_003
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=6).digest(), "big")
