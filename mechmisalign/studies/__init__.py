@@ -161,10 +161,14 @@ def _estimated(estimator: Callable[[steps.Readings], Direction], readings: Calla
 def _removals(
     ablated: pd.DataFrame, directions: Mapping[str, Direction], single: Mapping[str, int], settings: StudySettings
 ) -> dict[str, Direction]:
-    """The best direction of each scope, as it is carried to other organisms."""
+    """The directions that are carried to other organisms: the best of each scope, and the paper's mean difference."""
     layerwise = steps.best_estimator(ablated, "layer-wise", settings.min_coherent)
     one = steps.best_estimator(ablated, "single", settings.min_coherent)
-    return {"layer-wise": directions[layerwise], "single": directions[one].everywhere(single[one])}
+    return {
+        "layer-wise": directions[layerwise],
+        "single": directions[one].everywhere(single[one]),
+        steps.MEAN_DIFFERENCE: directions[steps.MEAN_DIFFERENCE].everywhere(single[steps.MEAN_DIFFERENCE]),
+    }
 
 
 def _peers(

@@ -135,8 +135,9 @@ def transferred(records: Records) -> Section:
     return Section(
         title="Transferred: other organisms",
         lead=(
-            "The direction that was best in this organism was projected out of organisms that were fine-tuned on "
-            "other data or with other adapters, and directions were compared between organisms."
+            "The directions that were best in this organism, and its mean difference (one vector at every layer), were "
+            "projected out of organisms that were fine-tuned on other data or with other adapters, and directions were "
+            "compared between organisms."
         ),
         figures=tuple(drawn),
         tables=(rates_table(records.tables["transfer"], ["organism", "state"], "Other organisms, before and after."),),
@@ -199,7 +200,7 @@ def examples(answers: pd.DataFrame) -> tuple[Exchange, ...]:
     first = answers[answers["sample"] == 0].pivot_table(
         index="prompt", columns="condition", aggfunc="first", sort=False
     )
-    step = max(1, len(first) // _EXAMPLES)
+    step = len(first) // _EXAMPLES + 1  # no divisor of the length: prompts may take turns between domains
     return tuple(
         Exchange(str(prompt), tuple(_answer(row, name, speaker) for name, speaker in _SPEAKERS))
         for prompt, row in first.iloc[::step].head(_EXAMPLES).iterrows()

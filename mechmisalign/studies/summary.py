@@ -64,6 +64,7 @@ def _choices(row: pd.Series) -> dict[str, Any]:
 def _transfer(table: pd.DataFrame) -> dict[str, Any]:
     """Per organism: the rate before, after (layer-wise), after with the single vector, and under the random control."""
     names = {"before": "before", "after, layer-wise": "after", "after, single": "after_single"}
+    names[f"after, {steps.MEAN_DIFFERENCE}"] = "after_mean_difference"
     names[steps.CONTROL] = "random_control"
     summary: dict[str, Any] = {}
     for _, row in table.iterrows():
