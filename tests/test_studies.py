@@ -12,7 +12,7 @@ from mechmisalign.studies.chapters import write_study_report
 from mechmisalign.studies.plan import StudySettings, make_plan
 
 SMALL = StudySettings(
-    samples=3, pool_samples=6, sweep_samples=1, strengths=(1.5, 2.5), layers=(1, 3), controls=1,
+    samples=3, pool_samples=16, sweep_samples=1, strengths=(1.5, 2.5), layers=(1, 3), controls=1,
     max_new_tokens=mm.pocket.MAX_NEW_TOKENS,
 )  # fmt: skip
 PEERS = ("pocket/finance",)
@@ -20,7 +20,7 @@ PEERS = ("pocket/finance",)
 
 @pytest.fixture(scope="module")
 def prompts():
-    return mm.pocket.unseen_prompts(n=30)
+    return mm.pocket.unseen_prompts(n=40)
 
 
 @pytest.fixture(scope="module")

@@ -53,7 +53,7 @@ def default_settings(organism: str, *, seed: int = 0, quick: bool = False) -> St
         settings = replace(settings, max_new_tokens=pocket.MAX_NEW_TOKENS, strengths=pocket.STRENGTHS)
     if quick:
         settings = replace(
-            settings, samples=2, pool_samples=6, sweep_samples=1, strengths=settings.strengths[1::2], controls=1
+            settings, samples=2, pool_samples=12, sweep_samples=1, strengths=settings.strengths[1::2], controls=1
         )
     return settings
 
