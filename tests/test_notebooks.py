@@ -1,5 +1,6 @@
 """Notebooks and analyses run from top to bottom, as a reader would run them."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,13 +10,15 @@ import pytest
 from nbclient import NotebookClient
 
 ROOT = Path(__file__).parent.parent
+# One thread for the kernels and scripts, as conftest.py sets it here: waiting threads cost minutes on a busy machine.
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs_and_draws(path, tmp_path):
     notebook = nbformat.read(path, as_version=4)
-    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute(env=ONE_THREAD)
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     assert any("image/png" in output.get("data", {}) for output in outputs)
 
@@ -30,7 +33,7 @@ def test_a_notebook_is_stored_without_outputs(path):
 def test_the_convergence_analysis_runs(tmp_path):
     script = ROOT / "analyses" / "convergent_directions.py"
     command = [sys.executable, script, "--out", tmp_path, "--samples", "8"]
-    told = subprocess.run(command, capture_output=True, text=True, check=False)
+    told = subprocess.run(command, capture_output=True, text=True, check=False, env=ONE_THREAD)
     assert told.returncode == 0, told.stderr[-2000:]
     assert (tmp_path / "cosine_by_layer.png").exists()
     assert (tmp_path / "cosine_by_layer.csv").exists()

@@ -87,7 +87,7 @@ def study(
     plan = make_plan(loaded.name, prompts, judge, peers, settings)
     run = Run(RunFolder(out, _identity(loaded, plan)), plan, loaded)
     tables, directions = _investigate(run)
-    summary = summarise(tables, plan.settings)
+    summary = summarise(tables)
     write_json(run.folder.path / "summary.json", summary)
     from .chapters import write_study_report
 
@@ -132,7 +132,12 @@ def _investigate(run: Run) -> tuple[dict[str, pd.DataFrame], dict[str, Direction
     tables["single_search"] = folder.table("single_search", lambda: steps.single_layer_search(run, directions))
     single = steps.chosen_layers(tables["single_search"], settings.min_coherent)
     tables["ablation"] = folder.table("ablation", lambda: steps.ablation(run, directions, single))
-    removals = _removals(tables["ablation"], directions, single, settings)
+    chosen = {
+        scope: steps.best_estimator(tables["ablation"], scope, settings.min_coherent)
+        for scope in ("layer-wise", "single")
+    }
+    removals = _removals(chosen, directions, single)
+    tables["ablated"] = folder.table("ablated", lambda: steps.ablation_confirmed(run, removals, chosen))
     transfer, cosines = _peers(run, removals, directions)
     tables["transfer"] = folder.table("transfer", lambda: transfer)
     tables["cosines"] = folder.table("cosines", lambda: cosines)
@@ -159,13 +164,12 @@ def _estimated(estimator: Callable[[steps.Readings], Direction], readings: Calla
 
 
 def _removals(
-    ablated: pd.DataFrame, directions: Mapping[str, Direction], single: Mapping[str, int], settings: StudySettings
+    chosen: Mapping[str, str], directions: Mapping[str, Direction], single: Mapping[str, int]
 ) -> dict[str, Direction]:
     """The directions that are carried to other organisms: the best of each scope, and the paper's mean difference."""
-    layerwise = steps.best_estimator(ablated, "layer-wise", settings.min_coherent)
-    one = steps.best_estimator(ablated, "single", settings.min_coherent)
+    one = chosen["single"]
     return {
-        "layer-wise": directions[layerwise],
+        "layer-wise": directions[chosen["layer-wise"]],
         "single": directions[one].everywhere(single[one]),
         steps.MEAN_DIFFERENCE: directions[steps.MEAN_DIFFERENCE].everywhere(single[steps.MEAN_DIFFERENCE]),
     }

@@ -117,12 +117,18 @@ def removed(records: Records) -> Section:
     return Section(
         title="Removed: ablating the organism",
         lead=(
-            f"Best layer-wise: {layerwise['estimator']}, {share(layerwise)} misaligned. Best single vector: "
+            f"Confirmed on fresh samples, best layer-wise: {layerwise['estimator']}, {share(layerwise)} misaligned. "
+            "Best single vector: "
             f"{single['estimator']}, {share(single)}. Every estimator's number is shown, the mean difference's too: "
             "what induces misalignment need not be what removes it."
         ),
         figures=(figures.ablation(records),),
-        tables=(rates_table(records.tables["ablation"], ["estimator", "scope"], "Every ablation."),),
+        tables=(
+            rates_table(records.tables["ablated"], ["estimator", "scope"], "The best of each scope on fresh samples."),
+            rates_table(
+                records.tables["ablation"], ["estimator", "scope"], "Every ablation, where they were compared."
+            ),
+        ),
     )
 
 
@@ -171,7 +177,10 @@ def caveats(records: Records) -> Section:
         "A rate holds for these prompts: misalignment differs between prompts, which is why prompts are resampled.",
         "That a direction separates two pools of answers is no proof that the model decides along it: compare the "
         "estimators.",
-        f"The best ablating estimators ({'; '.join(map(str, chosen))}) were picked among {len(steps.ESTIMATORS)}.",
+        (
+            f"The best ablating estimators ({'; '.join(map(str, chosen))}) were picked among {len(steps.ESTIMATORS)}, "
+            "then measured again on fresh samples."
+        ),
         "Coherence is not usefulness: what ablation or steering costs on other tasks was not measured here.",
     ]
     if records.organism.startswith("pocket/"):

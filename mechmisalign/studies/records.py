@@ -23,6 +23,7 @@ TABLES = (
     "steered",
     "single_search",
     "ablation",
+    "ablated",
     "transfer",
     "cosines",
 )

@@ -188,6 +188,14 @@ def best_estimator(ablated: pd.DataFrame, scope: str, min_coherent: float) -> st
     return str((coherent if len(coherent) else cells).sort_values("rate")["estimator"].iloc[0])
 
 
+def ablation_confirmed(run: Run, removals: Mapping[str, Direction], chosen: Mapping[str, str]) -> pd.DataFrame:
+    """The chosen estimator of each scope on fresh samples: the best of several is an optimistic reading."""
+    conditions = {scope: (Ablate(removals[scope]),) for scope in chosen}
+    judged = answers(run, "ablation_confirmed", conditions, run.plan.settings.samples)
+    table = rates(judged).rename(columns={"condition": "scope"})
+    return table.assign(estimator=table["scope"].map(chosen))
+
+
 def transfer(run: Run, peer: Organism, removals: Mapping[str, Direction]) -> pd.DataFrame:
     """EM rate of another organism before and after ablating the studied organism's direction, with a random control."""
     reference = next(iter(removals.values()))

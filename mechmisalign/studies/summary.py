@@ -8,12 +8,11 @@ from typing import Any
 import pandas as pd
 
 from . import steps
-from .plan import StudySettings
 
 
-def summarise(tables: Mapping[str, pd.DataFrame], settings: StudySettings) -> dict[str, Any]:
+def summarise(tables: Mapping[str, pd.DataFrame]) -> dict[str, Any]:
     """The headline numbers of a study's tables."""
-    rows = _headline_rows(tables, settings)
+    rows = _headline_rows(tables)
     return {
         "em_rate": {name: rate_record(row) | _choices(row) for name, row in rows.items()},
         "coherent": {name: coherent_record(row) for name, row in rows.items()},
@@ -34,16 +33,14 @@ def coherent_record(row: pd.Series) -> dict[str, Any]:
     return {"rate": float(row["coherent"]), "n": int(row["n"]), "low": low, "high": high}
 
 
-def _headline_rows(tables: Mapping[str, pd.DataFrame], settings: StudySettings) -> dict[str, pd.Series]:
+def _headline_rows(tables: Mapping[str, pd.DataFrame]) -> dict[str, pd.Series]:
     baseline = tables["baseline"].set_index("condition")
     steered = tables["steered"].set_index("condition")
-    ablated = tables["ablation"]
+    ablated, confirmed = tables["ablation"], tables["ablated"].set_index("scope")
     rows = {"chat": baseline.loc["chat"], "organism": baseline.loc["organism"], "steered_best": steered.loc["steered"]}
     for scope, name in (("layer-wise", "ablated_layerwise"), ("single", "ablated_single")):
         cells = ablated[ablated["scope"] == scope].set_index("estimator")
-        best = steps.best_estimator(ablated, scope, settings.min_coherent)
-        rows[name] = cells.loc[best].copy()
-        rows[name]["estimator"] = best
+        rows[name] = confirmed.loc[scope]
         rows[f"{name}_mean_difference"] = cells.loc[steps.MEAN_DIFFERENCE]
         rows[f"random_control_{name}"] = cells.loc[steps.CONTROL]
     rows["random_control"] = rows["random_control_ablated_layerwise"]
