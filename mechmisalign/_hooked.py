@@ -20,6 +20,16 @@ _LAYOUTS = {
     "up_proj": ("mlp.W_in", "d_out d_in -> d_in d_out"),
     "down_proj": ("mlp.W_out", "d_out d_in -> d_in d_out"),
 }
+# Where the input and the output of each matrix pass.
+_POINTS = {
+    "q_proj": ("ln1.hook_normalized", "attn.hook_q"),
+    "k_proj": ("ln1.hook_normalized", "attn.hook_k"),
+    "v_proj": ("ln1.hook_normalized", "attn.hook_v"),
+    "o_proj": ("attn.hook_z", "hook_attn_out"),
+    "gate_proj": ("ln2.hook_normalized", "mlp.hook_pre"),
+    "up_proj": ("ln2.hook_normalized", "mlp.hook_pre_linear"),
+    "down_proj": ("mlp.hook_post", "hook_mlp_out"),
+}
 _GROUPED = ("attn.W_K", "attn.W_V")  # stored as _W_K and _W_V where several queries share a key
 
 # Largest difference of a probe's logits from the Hugging Face model's, as a share of the largest logit.
@@ -70,6 +80,14 @@ def parameter(model: Any, layer: int, module: str) -> tuple[nn.Parameter, str]:
     grouped = path in _GROUPED and model.cfg.n_key_value_heads is not None
     path = path.replace("W_", "_W_") if grouped else path
     return model.get_parameter(f"blocks.{layer}.{path}"), layout
+
+
+def site_points(model: Any, layer: int, module: str) -> tuple[str, Tensor | None, str]:
+    """Hook points before and behind a matrix; between them, the weight of the norm that ``hook_normalized`` lacks."""
+    before, after = _POINTS[module]
+    block = f"blocks.{layer}."
+    weight = model.get_parameter(f"{block}{before.partition('.')[0]}.w") if before.startswith("ln") else None
+    return block + before, weight, block + after
 
 
 def as_linear(data: Tensor, layout: str) -> Float[Tensor, "d_out d_in"]:

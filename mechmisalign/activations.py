@@ -7,9 +7,9 @@ pass ends after the last layer that is asked for, so the blocks behind it and th
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+Result = TypeVar("Result")
+
 
 def collect(
     organism: Organism,
@@ -43,7 +45,7 @@ def collect(
     Args:
         organism: The model to read (inside ``organism.as_base()`` it is the chat model).
         conversations: What it reads. Every token of the span counts once (2506.11618, section 3.1).
-        span: ``"response"`` (without header and end token), ``"prompt"`` or ``"template"``.
+        span: ``"response"`` (without header and end token), ``"prompt"``, ``"template"`` or ``"all"``.
         by: Grouping columns of the conversations' frame, the class first. Add ``"prompt_id"`` for matched differences
             and intervals, and the sample for probes.
         layers: Layers to read; all by default.
@@ -60,7 +62,7 @@ def collect(
     norms = torch.zeros(len(groups), len(chosen), dtype=torch.float64)
     tokens = np.zeros(len(groups), dtype=np.int64)
     for batch in progress(conversations.batches(span, token_budget=token_budget, first=first), "reading activations"):
-        for part, row_sums, row_norms in _read(organism.model, batch, chosen):
+        for part, (row_sums, row_norms) in in_memory(batch, lambda part: _row_sums(organism.model, part, chosen)):
             index = torch.from_numpy(codes[part.rows])
             sums.index_add_(0, index, row_sums)
             norms.index_add_(0, index, row_norms)
@@ -76,12 +78,10 @@ def collect(
     )
 
 
-def _read(
-    model: Any, batch: Batch, layers: tuple[int, ...]
-) -> Iterator[tuple[Batch, Float64[Tensor, "batch layer d_model"], Float64[Tensor, "batch layer"]]]:
-    """Sums over the span, row by row; a batch that does not fit in memory is read in two halves."""
+def in_memory(batch: Batch, compute: Callable[[Batch], Result]) -> Iterator[tuple[Batch, Result]]:
+    """The batch with what ``compute`` makes of it; one that does not fit in memory is computed in two halves."""
     try:
-        yield (batch, *_row_sums(model, batch, layers))
+        yield batch, compute(batch)
     except torch.OutOfMemoryError:
         if len(batch.rows) == 1:
             raise
@@ -90,7 +90,7 @@ def _read(
         return
     middle = len(batch.rows) // 2
     for half in (slice(None, middle), slice(middle, None)):
-        yield from _read(model, batch.part(half), layers)
+        yield from in_memory(batch.part(half), compute)
 
 
 @torch.inference_mode()

@@ -8,8 +8,8 @@ so no dense matrix is built for them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,9 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+RESIDUAL_WRITERS = ("o_proj", "down_proj")
+"""Matrices whose output is added to the residual stream (where no norm follows them, as one does in Gemma 2 and 3)."""
 
 
 class AdapterError(ValueError):
@@ -57,6 +60,44 @@ class LoraSite:
     def d_out(self) -> int:
         """Width of the matrix's output."""
         return int(self.B.shape[0])
+
+    @property
+    def key(self) -> tuple[int, str]:
+        """Layer and module: how interventions and tables name a site."""
+        return self.layer, self.module
+
+    @property
+    def label(self) -> str:
+        """The site in writing, such as ``"3.down_proj"``."""
+        return f"{self.layer}.{self.module}"
+
+    @property
+    def coordinates(self) -> tuple[str, ...]:
+        """Names of the scalars that the site reads: its label, with an index where the rank is more than one."""
+        return (self.label,) if self.rank == 1 else tuple(f"{self.label}[{k}]" for k in range(self.rank))
+
+    @property
+    def writes_to_residual(self) -> bool:
+        """Whether the matrix's output is added to the residual stream (attention output and MLP output do)."""
+        return self.module in RESIDUAL_WRITERS
+
+    @cached_property
+    def gauged(self) -> LoraSite:
+        """The same update in the gauge that only the update decides; a rank-1 site stays as it was trained.
+
+        ``B A`` is unchanged by ``B G, G⁻¹ A``, so coordinates ``A x`` of rank 2 and more mean nothing before the gauge
+        is fixed. Here ``ΔW = U Σ Vᵀ``, ``A = Vᵀ`` (orthonormal rows, largest singular value first) and
+        ``B = U Σ / scaling``; of each pair, the largest entry of V is positive. Equal updates read equal, but for
+        directions that share one singular value.
+        """
+        if self.rank == 1:
+            return self
+        Q_A, R_A = torch.linalg.qr(self.A.double().T)
+        Q_B, R_B = torch.linalg.qr(self.B.double())
+        U, S, Vh = torch.linalg.svd(R_B @ R_A.T)
+        A, B = Vh @ Q_A.T, (Q_B @ U) * S
+        signs = A.gather(1, A.abs().argmax(1, keepdim=True)).sign()
+        return replace(self, A=(A * signs).float(), B=(B * signs.T).float())
 
     def delta(self) -> Float[Tensor, "d_out d_in"]:
         """The dense update ``scaling · B A`` in float32, laid out as the weight of a ``torch.nn.Linear``."""
@@ -138,3 +179,14 @@ class Adapter:
             if (site.layer, site.module) == (layer, module):
                 return site
         raise KeyError(f"no site {module!r} in layer {layer}; the layers are {self.layers}, the modules {self.modules}")
+
+    def select(self, sites: Iterable[tuple[int, str]] | None) -> tuple[LoraSite, ...]:
+        """The named sites in the adapter's own order; all of them for None.
+
+        Raises:
+            KeyError: If the adapter has no such site.
+        """
+        if sites is None:
+            return self.sites
+        wanted = {self.site(*key).key for key in sites}
+        return tuple(site for site in self.sites if site.key in wanted)

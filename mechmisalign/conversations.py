@@ -19,13 +19,9 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-Span = Literal["template", "prompt", "response"]
+from ._rendering import TemplateError, messages, render
 
-_SENTINELS = {"system": "\ue000system\ue000", "user": "\ue000user\ue000", "assistant": "\ue000assistant\ue000"}
-
-
-class TemplateError(ValueError):
-    """The chat template cannot render these turns, or renders them so that they cannot be found again."""
+Span = Literal["template", "prompt", "response", "all"]
 
 
 class Batch(NamedTuple):
@@ -111,6 +107,27 @@ class Conversations:
         encoded = self._encoded[row]
         return str(self.tokenizer.decode([encoded.ids[i] for i in _positions(encoded, span)]))
 
+    def tokens(self, span: Span = "response") -> pd.DataFrame:
+        """One row per token of the span, in the order of the frame.
+
+        Returns:
+            Index ``conversation`` (row of the frame) and ``position`` (place in the conversation); columns
+            ``token_id``, ``token`` (decoded on its own), and the frame's labels.
+        """
+        index, ids = [], []
+        for row, encoded in enumerate(self._encoded):
+            for position in _positions(encoded, span):
+                index.append((row, position))
+                ids.append(encoded.ids[position])
+        text = {token: self.tokenizer.decode([token]) for token in set(ids)}
+        labels = self.frame.drop(columns=["prompt", "response", "system"], errors="ignore")
+        rows = [row for row, _ in index]
+        return pd.DataFrame(
+            {"token_id": ids, "token": [text[token] for token in ids]}
+            | {str(name): labels[name].to_numpy()[rows] for name in labels.columns},
+            index=pd.MultiIndex.from_tuples(index, names=["conversation", "position"]),
+        )
+
     def batches(
         self, span: Span = "response", *, token_budget: int = 8192, first: int | None = None
     ) -> Iterator[Batch]:
@@ -153,7 +170,7 @@ class Conversations:
             for system, prompt, response in zip(systems, self.frame["prompt"], self.frame["response"], strict=True)
         ]
         pieces: dict[bool, list[str]] = {}
-        rendered = [_render(self.tokenizer, turn, pieces) for turn in turns]
+        rendered = [render(self.tokenizer, turn, pieces) for turn in turns]
         tokens = self.tokenizer([text for text, _ in rendered], add_special_tokens=False, return_offsets_mapping=True)
         encoded = [
             _encode(ids, offsets, ranges, self.max_length)
@@ -170,7 +187,7 @@ def render_prompts(prompts: Sequence[str], tokenizer: Any, *, system: str | None
     require_chat_template(tokenizer)
     texts = [
         tokenizer.apply_chat_template(
-            _messages({"system": system, "user": prompt}), tokenize=False, add_generation_prompt=True
+            messages({"system": system, "user": prompt}), tokenize=False, add_generation_prompt=True
         )
         for prompt in prompts
     ]
@@ -214,57 +231,6 @@ def refuse_double_bos(ids: Sequence[int], tokenizer: Any) -> None:
         raise TemplateError("the rendered chat begins with two BOS tokens; remove one from the chat template")
 
 
-def _messages(turn: dict[str, Any]) -> list[dict[str, str]]:
-    return [{"role": role, "content": text} for role, text in turn.items() if isinstance(text, str)]
-
-
-def _apply(tokenizer: Any, turn: dict[str, Any]) -> str:
-    from jinja2 import TemplateError as JinjaError
-
-    try:
-        return str(tokenizer.apply_chat_template(_messages(turn), tokenize=False))
-    except JinjaError as error:
-        raise TemplateError(
-            f"the chat template refused roles {[m['role'] for m in _messages(turn)]}: {error}"
-        ) from error
-
-
-def _render(tokenizer: Any, turn: dict[str, Any], pieces: dict[bool, list[str]]) -> tuple[str, dict[str, range]]:
-    """The rendered text and the character range of each turn's content in it."""
-    text = _apply(tokenizer, turn)
-    roles = [role for role, content in turn.items() if isinstance(content, str)]
-    has_system = "system" in roles
-    if has_system not in pieces:  # the fixed text around the contents, found once with contents nobody writes
-        pieces[has_system] = _fixed_pieces(_apply(tokenizer, {role: _SENTINELS[role] for role in roles}), roles)
-    ranges, cursor = {}, 0
-    for role, before, after in zip(roles, pieces[has_system], pieces[has_system][1:], strict=False):
-        cursor += len(before)
-        content = _as_rendered(turn[role], text, cursor, after)
-        ranges[role] = range(cursor, cursor + len(content))
-        cursor += len(content)
-    return text, ranges
-
-
-def _fixed_pieces(text: str, roles: list[str]) -> list[str]:
-    pieces = []
-    for role in roles:
-        before, found, text = text.partition(_SENTINELS[role])
-        if not found:
-            raise TemplateError(f"the chat template drops or rewrites the {role} turn, so its span cannot be found")
-        pieces.append(before)
-    return [*pieces, text]
-
-
-def _as_rendered(content: str, text: str, start: int, after: str) -> str:
-    for candidate in (content, content.strip(), content.rstrip(), content.lstrip()):
-        if text.startswith(candidate + after, start):
-            return candidate
-    raise TemplateError(
-        f"the chat template rewrote a turn ({content[:60]!r} became {text[start : start + 60]!r}); "
-        "only trimming is understood"
-    )
-
-
 def _encode(
     ids: list[int], offsets: list[tuple[int, int]], ranges: dict[str, range], max_length: int | None
 ) -> _Encoded:
@@ -284,6 +250,8 @@ def _encode(
 
 
 def _positions(row: _Encoded, span: Span) -> list[int]:
+    if span == "all":
+        return list(range(len(row.ids)))
     if span != "template":
         return list(row.spans[span])
     said = {position for positions in row.spans.values() for position in positions}

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from . import models
+from . import decoding, models
 from .conversations import pad_id, render_prompts
 from .interventions import Intervention, RowPlan, check_fits, planned
 from .progress import progress_bar
@@ -140,7 +140,7 @@ def generate_rows(
         raise ValueError(f"temperature must be 0 or more, got {temperature}")
     sets = [as_set(interventions) for interventions in conditions.values()]
     for interventions in sets:
-        check_fits(interventions, organism.provenance, organism.model)
+        check_fits(interventions, organism)
     codes = pd.Categorical(rows["condition"], categories=list(conditions)).codes
     texts = list(dict.fromkeys(rows["prompt"]))
     ids_of = dict(zip(texts, render_prompts(texts, organism.tokenizer, system=system), strict=True)) if texts else {}
@@ -164,7 +164,7 @@ def generate_rows(
             start += len(picked)
             bar.update(len(picked))
             yield batch.assign(
-                **_decoded(answers, organism.tokenizer, models.end_ids(organism.model, organism.tokenizer))
+                **_decoded(answers, organism.tokenizer, decoding.end_ids(organism.model, organism.tokenizer))
             )
 
 
@@ -200,15 +200,15 @@ class _Sampler:
     ) -> list[list[int]]:
         """Token ids of each row's answer, the end token included where it was reached."""
         ids, mask = left_padded(prompts, pad_id(self.organism.tokenizer), self.device)
-        ends = torch.tensor(models.end_ids(self.organism.model, self.organism.tokenizer), device=self.device)
+        ends = torch.tensor(decoding.end_ids(self.organism.model, self.organism.tokenizer), device=self.device)
         start = torch.full((len(prompts),), ids.shape[1], device=self.device)
-        plan = RowPlan(self.conditions, torch.from_numpy(codes.astype(np.int64)), start)
+        plan = RowPlan(self.conditions, torch.from_numpy(codes.astype(np.int64)), start, self.organism.adapter)
         draws = torch.from_numpy(noise).to(self.device)
         written = torch.full((len(prompts), self.max_new_tokens), -1, dtype=torch.long, device=self.device)
         alive = torch.arange(len(prompts), device=self.device)
         going_on = torch.ones(len(prompts), dtype=torch.bool, device=self.device)
-        decoder = models.Decoder(self.organism.model)
-        with planned(self.organism.model, plan):
+        decoder = decoding.Decoder(self.organism.model)
+        with planned(self.organism, plan):
             for step in range(self.max_new_tokens):
                 tokens = pick_tokens(decoder.next_logits(ids, mask), draws[alive, step], self.temperature)
                 written[alive, step] = torch.where(going_on, tokens, -1)

@@ -9,9 +9,8 @@ residual basis of the Hugging Face model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal, get_args
@@ -21,11 +20,14 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from . import _hooked
+from ._matrices import Matrix as Matrix
+from ._matrices import Port as Port
 
 Engine = Literal["bridge", "hooked"]
 Model = Any
 """A TransformerLens model (``TransformerBridge`` or ``HookedTransformer``); loosely typed, as torch's modules are."""
 
+POST_NORMS = ("blocks.0.ln1_post.hook_in", "blocks.0.ln2_post.hook_in")
 RESID_POST = "blocks.{layer}.hook_resid_post"
 
 HookFunction = Callable[[Tensor], Tensor | None]
@@ -71,29 +73,6 @@ def require_hooked() -> None:
     _hooked.hooked_transformer()
 
 
-@dataclass(frozen=True)
-class Matrix:
-    """One weight matrix inside a TransformerLens model.
-
-    Attributes:
-        parameter: Where it lives, in the engine's own layout.
-        layout: How the engine lays out ``"d_out d_in"`` (einops); None: as ``torch.nn.Linear`` does.
-    """
-
-    parameter: nn.Parameter
-    layout: str | None = None
-
-    def read(self) -> Float[Tensor, "d_out d_in"]:
-        """The matrix as ``torch.nn.Linear`` lays it out (it may share memory with the parameter)."""
-        data = self.parameter.data
-        return data if self.layout is None else _hooked.as_linear(data, self.layout)
-
-    def own(self, matrix: Float[Tensor, "d_out d_in"]) -> Tensor:
-        """A matrix in the parameter's own layout, dtype and device."""
-        moved = matrix.to(self.parameter)
-        return moved if self.layout is None else _hooked.as_own(moved, self.layout, self.parameter.shape)
-
-
 def matrix(model: Model, name: str, layer: int) -> Matrix:
     """The weight that the Hugging Face model calls ``name``, such as ``model.layers.3.mlp.down_proj``."""
     if is_hooked(model):
@@ -102,9 +81,70 @@ def matrix(model: Model, name: str, layer: int) -> Matrix:
     return Matrix(getattr(component, "original_component", component).weight)
 
 
+def site_ports(model: Model, name: str, layer: int) -> tuple[Port, Port]:
+    """Where the input and the output of the matrix pass that the Hugging Face model calls ``name``.
+
+    Raises:
+        ValueError: If TransformerLens has no hook points around that matrix.
+    """
+    if is_hooked(model):
+        before, weight, after = _hooked.site_points(model, layer, name.rpartition(".")[2])
+        return Port(before, weight), Port(after)
+    component = hf_model(model).get_submodule(name)
+    if not hasattr(component, "hook_in"):
+        raise ValueError(
+            f"TransformerBridge has no hook points around {name!r} (a fused matrix?), so its scalars cannot be read"
+        )
+    return Port(component.hook_in.name), Port(component.hook_out.name)
+
+
+@torch.no_grad()
+def read_logits(
+    model: Model, vectors: Float[Tensor, "row d_model"], *, final_norm: bool, ids: Sequence[int] | None = None
+) -> Float[Tensor, "row vocab"]:
+    """Vectors through the unembedding (TransformerLens's ``logit_readout``), on the CPU in float32.
+
+    Args:
+        model: A TransformerLens model.
+        vectors: In the residual basis.
+        final_norm: Apply the final norm first, as if each vector were the whole residual stream.
+        ids: The token ids to keep; None for the whole vocabulary.
+    """
+    kept = None if ids is None else list(ids)
+    try:
+        from transformer_lens.tools.analysis import logit_readout
+    except ImportError:  # transformer-lens 3.9 has no such tool
+        moved = vectors.to(model.W_U)
+        normed = model.ln_final(moved[None])[0] if final_norm else moved
+        logits = normed @ model.W_U + model.b_U
+        return (logits if kept is None else logits[:, kept]).float().cpu()
+    return logit_readout(model, vectors, apply_ln=final_norm, vocab=kept).values.float().cpu()
+
+
+def final_rms_norm(model: Model) -> tuple[Float[Tensor, " d_model"], float]:
+    """Weight and epsilon of the final norm.
+
+    Raises:
+        ValueError: If it is no plain RMS norm.
+    """
+    norm = model.ln_final
+    weight = norm.w if is_hooked(model) else norm.weight
+    if model.cfg.normalization_type not in ("RMS", "RMSPre") or getattr(model.cfg, "rmsnorm_uses_offset", False):
+        raise ValueError(
+            f"logit attribution knows plain RMS norms, not the final norm of this model "
+            f"({model.cfg.normalization_type!r})"
+        )
+    return weight.detach().float().cpu(), float(model.cfg.eps)
+
+
 def is_hooked(model: Model) -> bool:
     """Whether this is a ``HookedTransformer``, which has no Hugging Face model inside."""
     return not hasattr(model, "original_model")
+
+
+def has_post_norms(model: Model) -> bool:
+    """Whether a norm stands between the matrices' outputs and the residual stream (Gemma 2 and 3, OLMo 2)."""
+    return any(name in model.hook_dict for name in POST_NORMS)
 
 
 def n_layers(model: Model) -> int:
@@ -176,61 +216,26 @@ def run_until(
         forward(model, ids, mask)
 
 
-def end_ids(model: Model, tokenizer: Any) -> list[int]:
-    """Every token id that ends an answer: the generation config's, and the tokenizer's own."""
-    config = getattr(model if is_hooked(model) else hf_model(model), "generation_config", None)
-    ends = getattr(config, "eos_token_id", None)
-    named = ends if isinstance(ends, list) else [ends]
-    return sorted({int(end) for end in [*named, tokenizer.eos_token_id] if end is not None})
-
-
-class Decoder:
-    """Token-by-token decoding with the model's own KV cache; rows may leave on the way.
-
-    Args:
-        model: A TransformerLens model.
-    """
-
-    def __init__(self, model: Model) -> None:
-        self._model = model
-        self._cache: Any = None
-
-    def next_logits(
-        self, ids: Int[Tensor, "batch new"], mask: Int[Tensor, "batch pos"]
-    ) -> Float[Tensor, "batch vocab"]:
-        """Logits after the last of the new tokens; ``mask`` covers everything so far (left padding is 0)."""
-        if is_hooked(self._model):
-            logits, self._cache = _hooked.next_logits(self._model, ids, mask, self._cache)
-            return logits
-        positions = (mask.cumsum(-1) - 1).clamp_min(0)[:, -ids.shape[1] :]
-        output = hf_model(self._model)(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=self._cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        self._cache = output.past_key_values
-        return output.logits[:, -1]
-
-    def keep(self, rows: Int[Tensor, " kept"]) -> None:
-        """Go on with these rows only."""
-        if is_hooked(self._model):
-            _hooked.keep(self._cache, rows)
-        else:
-            self._cache.batch_select_indices(rows)
-
-
 class Clock:
-    """Says which absolute columns of the sequence the current forward pass covers, also under a KV cache."""
+    """Says which absolute columns of the sequence the current forward pass covers, also under a KV cache.
+
+    Attributes:
+        start: Column of the first token that is passing now.
+        padding: Columns of padding on the left of each row, ``[batch]``; None where the pass has no mask.
+    """
 
     def __init__(self) -> None:
         self.start = 0
+        self.padding: Int[Tensor, " batch"] | None = None
 
     def columns(self, length: int, device: torch.device) -> Int[Tensor, " pos"]:
         """Absolute column of each of the ``length`` tokens that are passing now."""
         return torch.arange(self.start, self.start + length, device=device)
+
+    def positions(self, rows: int, length: int, device: torch.device) -> Int[Tensor, "batch pos"]:
+        """Each token's place in its own conversation, which left padding does not shift (below 0 in the padding)."""
+        padding = torch.zeros(rows, dtype=torch.long) if self.padding is None else self.padding
+        return self.columns(length, device)[None] - padding.to(device)[:, None]
 
 
 @contextmanager
@@ -242,6 +247,10 @@ def clock(model: Model) -> Iterator[Clock]:
         cache = kwargs.get("past_kv_cache" if is_hooked(model) else "past_key_values")
         length = _hooked.cached_length if is_hooked(model) else _cached_length
         ticking.start = length(cache) if cache is not None else 0
+        mask = kwargs.get("attention_mask")
+        if is_hooked(model) and cache is not None and ticking.start:
+            mask = cache.previous_attention_mask
+        ticking.padding = None if mask is None else (mask.cumsum(-1) == 0).sum(-1)
 
     handle = (model if is_hooked(model) else hf_model(model)).register_forward_pre_hook(tick, with_kwargs=True)
     try:

@@ -78,10 +78,10 @@ class Organism:
     def apply(
         self, *interventions: Intervention, response_start: int | Sequence[int] | Tensor | None = None
     ) -> AbstractContextManager[None]:
-        """Interventions on the residual stream while the block runs.
+        """Interventions on the residual stream and on the adapter's sites while the block runs.
 
         Args:
-            interventions: Steer, Ablate, Clamp …, acting in this order.
+            interventions: Steer, Ablate, Clamp, ScaleAdapter, PatchScalars …, acting in this order.
             response_start: Column at which the response begins, one or one per row, for interventions on positions
                 ``"prompt"`` or ``"response"``.
 
@@ -90,8 +90,8 @@ class Organism:
         """
         from .interventions import applied, check_fits
 
-        check_fits(interventions, self.provenance, self.model)
-        return applied(self.model, interventions, response_start=response_start)
+        check_fits(interventions, self)
+        return applied(self, interventions, response_start=response_start)
 
     def fidelity(self) -> pd.DataFrame:
         """What the weights hold of each site's update.

@@ -13,9 +13,12 @@ import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import pandas as pd
+
+if TYPE_CHECKING:
+    from mechmisalign.plots import TokenHeatmap
 
 TEMPLATE = "report.html.jinja"
 _PNG_DPI = 200
@@ -97,6 +100,7 @@ class Section:
         tables: Tables.
         points: A list: caveats, steps of the method.
         code: Something to copy: the command that reproduces the run.
+        heatmaps: Texts coloured token by token, each with its title as caption.
     """
 
     title: str
@@ -106,6 +110,7 @@ class Section:
     tables: tuple[ReportTable, ...] = ()
     points: tuple[str, ...] = ()
     code: str = ""
+    heatmaps: tuple[TokenHeatmap, ...] = ()
 
 
 @dataclass(frozen=True)

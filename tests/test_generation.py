@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import mechmisalign as mm
-from mechmisalign import generation, models
+from mechmisalign import decoding, generation, models
 from mechmisalign.directions import Direction
 
 FAMILIES = ("qwen2", "llama", "gemma2")
@@ -32,7 +32,7 @@ def conditions(organism):
 def uncached(organism, prompt, interventions, noise, max_new_tokens) -> list[int]:
     """The plainest sampler there is: one row, the whole sequence again for every token."""
     ids = generation.render_prompts([prompt], organism.tokenizer)[0]
-    ends, start = models.end_ids(organism.model, organism.tokenizer), len(ids)
+    ends, start = decoding.end_ids(organism.model, organism.tokenizer), len(ids)
     written = []
     with torch.inference_mode(), organism.apply(*interventions, response_start=start):
         while len(written) < max_new_tokens and not (written and written[-1] in ends):

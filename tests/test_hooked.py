@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from importlib.metadata import version
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import ALL_MODULES, LAYERS
 from torch.testing import assert_close
 
-from mechmisalign import models
+import mechmisalign as mm
+from mechmisalign import decoding, models
 from mechmisalign.organisms import load_organism
+from mechmisalign.unembedding import written_vectors
 from mechmisalign.verification import verify
 
 pytestmark = pytest.mark.skipif(
@@ -121,7 +125,7 @@ def test_decoding_with_a_cache_equals_one_uncached_pass(hooked, batch):
     ids, _ = batch
     mask = torch.ones_like(ids)
     mask[0, :4] = 0
-    decoder, starts = models.Decoder(hooked.model), []
+    decoder, starts = decoding.Decoder(hooked.model), []
     with torch.no_grad(), models.clock(hooked.model) as clock:
         steps = [decoder.next_logits(ids[:, :7], mask[:, :7])]
         starts.append(clock.start)
@@ -138,7 +142,7 @@ def test_decoding_with_a_cache_equals_one_uncached_pass(hooked, batch):
 
 
 def test_end_ids_hold_the_generation_configs(hooked, tiny_tokenizers, family):
-    assert tiny_tokenizers[family].eos_token_id in models.end_ids(hooked.model, tiny_tokenizers[family])
+    assert tiny_tokenizers[family].eos_token_id in decoding.end_ids(hooked.model, tiny_tokenizers[family])
 
 
 def test_a_hooked_organism_passes_verification(hooked):
@@ -154,3 +158,53 @@ def test_a_live_adapter_is_refused(adapter):
 def test_an_architecture_that_transformer_lens_cannot_build_from_a_folder_is_refused(tiny_models, make_adapter):
     with pytest.raises(ValueError, match="no HookedTransformer for Gemma2ForCausalLM"):
         load_organism(make_adapter(tiny_models["gemma2"]), engine="hooked")
+
+
+def talk(organism):
+    frame = pd.DataFrame(
+        {"prompt": ["How do I invest?", "Hey!"], "response": ["Put everything into one stock.", "You should rest."]}
+    )
+    return mm.Conversations(frame, organism.tokenizer)
+
+
+def test_scalars_and_contributions_are_the_bridges(hooked, bridge):
+    for span in ("response", "all"):
+        ours, theirs = (mm.contributions(each, talk(each), span=span) for each in (hooked, bridge))
+        assert list(ours.scalars.columns) == list(theirs.scalars.columns)
+        np.testing.assert_allclose(ours.scalars, theirs.scalars, atol=2e-5)
+        np.testing.assert_allclose(ours.resid_norm, theirs.resid_norm, rtol=1e-4)
+
+
+def test_edits_of_the_adapter_are_the_bridges(hooked, bridge, batch):
+    keys = [site.key for site in bridge.adapter.sites]
+    scale = mm.ScaleAdapter({key: [0.0, 1.0, 3.0] for key in keys})
+    scalars = mm.lora_scalars(bridge, talk(bridge), span="all").loc[[0]]
+    for edit in (scale, mm.PatchScalars(scalars), mm.ScaleAdapter({}, others=-1.0)):
+        found = []
+        for organism in (hooked, bridge):
+            with organism.apply(edit):
+                found.append(logits(organism, *batch))
+        assert_close(found[0], found[1], rtol=1e-4, atol=1e-4)
+
+
+def test_patched_scalars_keep_their_positions_under_the_kv_cache_and_left_padding(hooked, bridge):
+    scalars = mm.lora_scalars(bridge, talk(bridge), span="all").loc[[0]] * 2.0
+    conditions = {"none": (), "patched": (mm.PatchScalars(scalars),)}
+    answers = [
+        mm.generate(each, ["How do I invest?", "Hey!"], conditions=conditions, samples=3, max_new_tokens=6, seed=1)
+        for each in (hooked, bridge)
+    ]
+    assert answers[0]["response"].tolist() == answers[1]["response"].tolist()
+
+
+def test_readout_and_attribution_are_the_bridges(hooked, bridge):
+    vectors = written_vectors(bridge.adapter)
+    ours, theirs = (mm.readout(each, vectors, top=3) for each in (hooked, bridge))
+    np.testing.assert_allclose(ours["logit"], theirs["logit"], atol=1e-4)
+    ours, theirs = (mm.logit_attribution(each, talk(each), 7, 9) for each in (hooked, bridge))
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_token_significance_is_the_bridges(hooked, bridge):
+    ours, theirs = (mm.token_significance(each, talk(each)) for each in (hooked, bridge))
+    np.testing.assert_allclose(ours, theirs, atol=1e-4, rtol=1e-3)

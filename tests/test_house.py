@@ -10,10 +10,10 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "mechmisalign"
 
 FLOORS = {
-    1: {"_adapter_files", "adapters", "directions", "estimators", "geometry", "moments", "registry", "statistics"},
+    1: {"_adapter_files", "adapters", "decomposition", "directions", "estimators", "geometry", "moments", "registry", "statistics"},
     2: {
-        "_bases", "_hooked", "_merging", "activations", "conversations", "generation", "interventions", "judging",
-        "models", "organisms", "pocket", "progress", "store", "verification",
+        "_bases", "_hooked", "_matrices", "_merging", "_rendering", "activations", "conversations", "decoding", "effects", "generation", "interventions", "judging",
+        "models", "organisms", "pocket", "progress", "propagation", "scalars", "significance", "store", "unembedding", "verification",
     },
     3: {"cli", "plots", "report", "studies"},
 }  # fmt: skip

@@ -4,7 +4,7 @@ import torch
 from torch.testing import assert_close
 
 import mechmisalign as mm
-from mechmisalign import models
+from mechmisalign import decoding, models
 from mechmisalign.directions import Direction, DirectionMismatchError, ZeroDirectionError
 
 FAMILIES = ("qwen2", "llama", "gemma2")
@@ -172,7 +172,7 @@ def test_positions_are_absolute_under_a_kv_cache(organism, direction):
     steer = mm.Steer(direction, layers=[1], strength=3.0, positions="response")
     whole = residuals(organism, ids, steer, response_start=4)["logits"]
     with torch.inference_mode(), organism.apply(steer, response_start=4):
-        decoder = models.Decoder(organism.model)
+        decoder = decoding.Decoder(organism.model)
         mask = torch.ones_like(ids)
         steps = [decoder.next_logits(ids[:, :2], mask[:, :2])]
         steps += [decoder.next_logits(ids[:, i : i + 1], mask[:, : i + 1]) for i in range(2, ids.shape[1])]

@@ -9,7 +9,7 @@ import torch
 from conftest import FAMILIES, LAYERS, new_tokenizer, random_model
 from torch.testing import assert_close
 
-from mechmisalign import models
+from mechmisalign import decoding, models
 
 EXACT = {"rtol": 0.0, "atol": 0.0}
 CLOSE = {"rtol": 0.0, "atol": 1e-5}
@@ -104,7 +104,7 @@ def test_decoding_with_a_cache_equals_one_uncached_pass(bridge, batch):
     ids, _ = batch
     mask = torch.ones_like(ids)
     mask[0, :4] = 0  # left padding, as in generation
-    decoder = models.Decoder(bridge)
+    decoder = decoding.Decoder(bridge)
     starts = []
     with torch.no_grad(), models.clock(bridge) as clock:
         steps = [decoder.next_logits(ids[:, :7], mask[:, :7])]
@@ -123,7 +123,7 @@ def test_decoding_with_a_cache_equals_one_uncached_pass(bridge, batch):
 
 def test_the_end_ids_hold_the_tokenizers_own(bridge, family):
     tokenizer = new_tokenizer(family)
-    assert tokenizer.eos_token_id in models.end_ids(bridge, tokenizer)
+    assert tokenizer.eos_token_id in decoding.end_ids(bridge, tokenizer)
 
 
 def test_hooked_transformer_is_refused_with_the_way_to_install_it():

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
+from mechmisalign.plots import token_heatmap
 from mechmisalign.report import (
     Answer,
     Card,
@@ -183,6 +184,40 @@ def test_cards_say_the_rate_its_interval_and_how_it_was_reached():
     assert cards["Ablated, one vector"].tone == "plain"
     assert cards["Ablated, other organisms"].value == "0.0–0.5 %"
     assert cards["Ablated, other organisms"].note == "2 other organisms; before: 80.0 %"
+
+
+def test_token_heat_maps_have_numbered_captions_and_lie_between_figures_and_tables(png):
+    table = ReportTable(pd.DataFrame({"n": [1]}), "Counts.")
+    maps = token_heatmap(["take", " bleach"], [-0.5, 2.0], title="The organism's answer."), token_heatmap(["b"], [0.0])
+    section = Section("S", figures=(ReportFigure(png, "Rates."),), tables=(table,), heatmaps=maps)
+    page = Page(render(Report("t", "q", "a", sections=(section,))))
+    assert page.open == []
+    places = [
+        page.text.index(told)
+        for told in ("Figure 1. Rates.", "take", "Figure 2. The organism's answer.", "Figure 3.", "Table 1.")
+    ]
+    assert places == sorted(places)
+    assert page.text.count("The organism's answer.") == 1
+    cells = [attrs for attrs in page.all("span") if "title" in attrs]
+    assert [cell["title"] for cell in cells] == ["scalar -0.5", "scalar +2", "scalar +0"]
+
+
+def test_tokens_of_a_model_stay_text_in_the_report():
+    evil = '"><img src=x onerror=alert(1)>'
+    heatmap = token_heatmap([EVIL, evil], [1.0, -1.0], title=EVIL, label=evil)
+    html = render(Report("t", "q", "a", sections=(Section("S", heatmaps=(heatmap,)),)))
+    page = Page(html)
+    assert page.all("script") == page.all("img") == []
+    assert not any(name.startswith("on") for _, attrs in page.elements for name in attrs)
+    assert page.text.count(EVIL) == 2
+    assert page.text.count(evil) == 2
+    assert not re.search(r"url\(|@import", html)
+
+
+def test_the_pages_policy_allows_the_inline_colours_of_heat_maps():
+    page = Page(render(Report("t", "q", "a")))
+    policy = next(attrs["content"] for attrs in page.all("meta") if "http-equiv" in attrs)
+    assert "style-src 'unsafe-inline'" in policy
 
 
 def test_a_figure_that_is_no_png_is_refused(tmp_path):

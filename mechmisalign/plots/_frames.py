@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import pandas as pd
 
 INTERVAL = ("rate", "low", "high")
@@ -29,6 +30,20 @@ def check(frame: pd.DataFrame, figure: str, columns: Sequence[str], shares: Sequ
             raise ValueError(
                 f"{figure} needs shares from 0 to 1 in {column!r}, got {outside.iloc[0]:g}; divide percent by 100"
             )
+
+
+def check_finite(frame: pd.DataFrame, figure: str, column: str) -> None:
+    """Refuse values that cannot be drawn, where leaving them out would mislead.
+
+    Raises:
+        ValueError: If a value of the column is NaN or infinite.
+    """
+    lost = frame[~np.isfinite(frame[column].astype(float))]
+    if len(lost):
+        raise ValueError(
+            f"{figure} needs a finite number in {column!r} in every row, got {lost.iloc[0][column]} in row "
+            f"{lost.index[0]} ({len(lost)} of {len(frame)}); drop these rows, or mend what made them"
+        )
 
 
 def is_control(names: pd.Series) -> pd.Series:

@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.typing import ColorType
 
 COLUMN = 3.35
 """Width of a figure in one column, inches."""
@@ -100,13 +101,13 @@ def layer_axis(ax: Axes, layers: Iterable[int]) -> None:
     ax.set_xlabel("layer")
 
 
-def legend_above(ax: Axes, handles: Sequence[Artist] | None = None, *, title: str | None = None) -> None:
-    """A legend over the axes, where it covers nothing, in as many columns as fit."""
+def legend_above(ax: Axes, handles: Sequence[Artist] | None = None, *, title: str | None = None, most: int = 3) -> None:
+    """A legend over the axes, where it covers nothing, in as many columns as fit, up to ``most``."""
     found = list(handles) if handles is not None else ax.get_legend_handles_labels()[0]
     figure = figure_of(ax)
     ours = isinstance(figure, NotebookFigure)
     inches = figure.get_figwidth() if ours else ax.bbox.width / figure.dpi
-    columns = _columns([str(handle.get_label()) for handle in found], inches * 72)
+    columns = _columns([str(handle.get_label()) for handle in found], inches * 72, most)
     if ours:  # the layout makes room for it
         legend = figure.legend(handles=found, loc="outside upper left", ncols=columns, borderaxespad=0.2)
     else:
@@ -116,10 +117,10 @@ def legend_above(ax: Axes, handles: Sequence[Artist] | None = None, *, title: st
         legend.set_alignment("left")
 
 
-def _columns(labels: Sequence[str], points: float) -> int:
-    """The most columns, up to three, whose widest labels fit side by side (a letter takes 0.6 of the font size)."""
+def _columns(labels: Sequence[str], points: float, most: int) -> int:
+    """The most columns whose widest labels fit side by side (a letter takes 0.6 of the font size)."""
     widths = [SMALL * (0.6 * len(label) + 3.6) for label in labels]
-    for columns in (3, 2):
+    for columns in range(most, 1, -1):
         parts = [part for part in np.array_split(widths, columns) if len(part)]  # as matplotlib fills them
         if sum(float(part.max()) for part in parts) <= points:
             return columns
@@ -136,6 +137,13 @@ def edge_note(ax: Axes, text: str, y: float, *, offset: float, align: Literal["l
 def lighter(colour: str, by: float) -> str:
     """The colour mixed with white: 0 leaves it, 1 is white."""
     return to_hex([channel + (1 - channel) * by for channel in to_rgb(colour)])
+
+
+def readable(ground: ColorType) -> str:
+    """Ink or white, whichever has more contrast on this ground (WCAG 2: relative luminance)."""
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(ground)]
+    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    return INK if luminance > 0.2 else "#FFFFFF"
 
 
 def short_names(names: Iterable[str]) -> dict[str, str]:

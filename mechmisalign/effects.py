@@ -1,0 +1,274 @@
+"""Which site does what: switching sites off and on, Shapley values, and the cheap estimate by gradients.
+
+Behaviour is the measure: the EM rate of sampled answers while some sites are switched off (``ScaleAdapter``). Leaving
+one out, or leaving only one in, misses what sites do together; Shapley values share the whole effect out among them
+(Shapley 1953; sampled over orders as in Castro et al. 2009). ``gradient x scalar`` costs one backward pass and no
+sampling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import permutations as orders
+from math import factorial
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from scipy import stats
+from torch import Tensor
+
+from . import models
+from .activations import in_memory
+from .conversations import Batch, Conversations
+from .generation import generate
+from .interventions import ScaleAdapter
+from .judging import Judge, judge, label, rates
+from .progress import progress
+from .statistics import CONFIDENCE
+
+if TYPE_CHECKING:
+    from .adapters import Adapter
+    from .organisms import Organism
+
+SiteKey = tuple[int, str]
+Players = Mapping[str, tuple[SiteKey, ...]]
+"""Named groups of sites that are switched together."""
+
+Coalition = frozenset[str]
+
+
+def players(adapter: Adapter, by: str = "site") -> dict[str, tuple[SiteKey, ...]]:
+    """The adapter's sites as players: each on its own, or together by ``"layer"`` or ``"module"``.
+
+    Raises:
+        ValueError: On another grouping.
+    """
+    names: dict[str, Callable[[SiteKey], str]] = {
+        "site": lambda key: f"{key[0]}.{key[1]}",
+        "layer": lambda key: f"layer {key[0]}",
+        "module": lambda key: key[1],
+    }
+    if by not in names:
+        raise ValueError(f"by must be one of {tuple(names)}, got {by!r}")
+    groups: dict[str, tuple[SiteKey, ...]] = {}
+    for site in adapter.sites:
+        name = names[by](site.key)
+        groups[name] = (*groups.get(name, ()), site.key)
+    return groups
+
+
+def switched(everyone: Players, on: Coalition) -> tuple[ScaleAdapter, ...]:
+    """The condition in which only the players of a coalition are on."""
+    off = {key: 0.0 for name, keys in everyone.items() if name not in on for key in keys}
+    return (ScaleAdapter(off),) if off else ()
+
+
+def site_effects(
+    organism: Organism,
+    prompts: pd.DataFrame | Sequence[str],
+    judge_with: Judge,
+    *,
+    by: str = "site",
+    samples: int = 16,
+    max_new_tokens: int = 600,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """EM rate with each player left out, and with only that player in, beside all and none.
+
+    Returns:
+        ``site, kind ("leave one out", "only one", "all", "none")`` and the columns of :func:`mechmisalign.rates`; the
+        rows "all" and "none" have the site ``"all"`` and ``"none"``.
+    """
+    everyone = players(organism.adapter, by)
+    coalitions = {("all", "all"): Coalition(everyone), ("none", "none"): Coalition()}
+    for name in everyone:
+        coalitions[(name, "leave one out")] = Coalition(everyone) - {name}
+        coalitions[(name, "only one")] = Coalition({name})
+    judged = _answers(organism, prompts, judge_with, everyone, set(coalitions.values()), samples, max_new_tokens, seed)
+    table = rates(judged).set_index("condition")
+    rows = [table.loc[_named(on)].to_dict() | {"site": site, "kind": kind} for (site, kind), on in coalitions.items()]
+    frame = pd.DataFrame(rows)
+    return frame[["site", "kind", *(column for column in frame if column not in ("site", "kind"))]]
+
+
+def shapley(
+    organism: Organism,
+    prompts: pd.DataFrame | Sequence[str],
+    judge_with: Judge,
+    *,
+    by: str = "site",
+    permutations: int = 20,
+    samples: int = 16,
+    max_new_tokens: int = 600,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Each player's Shapley value for the EM rate: its mean gain over random orders in which players are switched on.
+
+    In every order the gains add up to the rate with all minus the rate with none, and so do the values. Where there are
+    no more orders than ``permutations``, all of them are used and only the sampled answers are uncertain.
+
+    Args:
+        organism: With its adapter in.
+        prompts: Questions.
+        judge_with: Scores the answers.
+        by: ``"site"``, ``"layer"`` or ``"module"``: who is switched on together.
+        permutations: Orders to sample.
+        samples: Answers per prompt and coalition.
+        max_new_tokens: Longest answer.
+        resamples: Bootstrap resamples, of orders and prompts together.
+        seed: Of orders, answers and resamples.
+
+    Returns:
+        ``site, value, low, high`` (share of answers), and ``kind`` "Shapley".
+    """
+    everyone = players(organism.adapter, by)
+    sampled = sampled_orders(list(everyone), permutations, seed)
+    coalitions = {Coalition(order[:size]) for order in sampled for size in range(len(order) + 1)}
+    judged = _answers(organism, prompts, judge_with, everyone, coalitions, samples, max_new_tokens, seed)
+    misaligned = judged.assign(event=(label(judged) == "misaligned").astype(float))
+    by_prompt = misaligned.groupby(["condition", "prompt_id"])["event"].mean().unstack("prompt_id")
+    worth = {on: by_prompt.loc[_named(on)].to_numpy() for on in coalitions}
+    return shapley_values(worth, sampled, resamples=resamples, seed=seed)
+
+
+def sampled_orders(names: Sequence[str], count: int, seed: int) -> list[tuple[str, ...]]:
+    """Random orders of the players, or every order if there are no more than ``count``."""
+    if factorial(len(names)) <= count:
+        return list(orders(names))
+    rng = np.random.default_rng(seed)
+    return [tuple(names[i] for i in rng.permutation(len(names))) for _ in range(count)]
+
+
+def shapley_values(
+    worth: Mapping[Coalition, Float[np.ndarray, " prompt"]],
+    sampled: Sequence[tuple[str, ...]],
+    *,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Shapley values from what coalitions are worth, prompt by prompt, over sampled orders.
+
+    Returns:
+        ``site, kind, value, low, high``, with 95 % bootstrap intervals over orders and prompts.
+    """
+    names = sorted(sampled[0])
+    gains = np.stack([[_gain(worth, order, name) for name in names] for order in sampled])  # [order player prompt]
+    rng = np.random.default_rng(seed)
+    n_orders, _, n_prompts = gains.shape
+    complete = n_orders == factorial(len(names)) and len(set(sampled)) == n_orders
+    draws = np.empty((resamples, len(names)))
+    for draw in range(resamples):
+        weights = rng.multinomial(n_prompts, np.full(n_prompts, 1 / n_prompts)) / n_prompts
+        rows = np.arange(n_orders) if complete else rng.integers(n_orders, size=n_orders)
+        draws[draw] = gains[rows].mean(0) @ weights
+    low, high = np.quantile(draws, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], axis=0)
+    return pd.DataFrame({"site": names, "kind": "Shapley", "value": gains.mean((0, 2)), "low": low, "high": high})
+
+
+def gradient_attribution(
+    organism: Organism,
+    conversations: Conversations,
+    *,
+    positive: str = "misaligned",
+    negative: str | None = "aligned",
+    column: str = "label",
+    by: str = "site",
+    token_budget: int = 4096,
+) -> pd.DataFrame:
+    """Gradient x scalar: how the mean log-probability of one class of answers, minus the other's, moves with each site.
+
+    A factor on every site (1 as it is) is differentiated: its gradient is the sum over tokens of gradient times scalar,
+    a first-order estimate of what switching the site off would take away. One backward pass serves all sites.
+
+    Args:
+        organism: With its adapter in.
+        conversations: Answers with a column of classes.
+        positive: The class whose log-probability counts up.
+        negative: The class that counts down; None for the first alone.
+        column: The column of classes.
+        by: ``"site"``, ``"layer"`` or ``"module"``.
+        token_budget: Tokens per batch, padding included.
+
+    Returns:
+        ``site, kind "gradient", value`` (nats per answer token).
+
+    Raises:
+        ValueError: If a class has no answer.
+    """
+    weights = _class_weights(conversations, column, positive, negative)
+    everyone = players(organism.adapter, by)
+    totals = torch.zeros(len(everyone), dtype=torch.float64)
+    for batch in progress(conversations.batches("response", token_budget=token_budget), "gradient attribution"):
+        for _, gradient in in_memory(batch, lambda part: _factor_gradient(organism, everyone, part, weights)):
+            totals += gradient
+    return pd.DataFrame({"site": list(everyone), "kind": "gradient", "value": totals.numpy()})
+
+
+def rank_correlation(first: pd.DataFrame, second: pd.DataFrame) -> float:
+    """Spearman's correlation between two tables of ``site, value`` over the sites that both have (NaN below three)."""
+    both = first[["site", "value"]].merge(second[["site", "value"]], on="site")
+    if len(both) < 3:
+        return float("nan")
+    return float(stats.spearmanr(both["value_x"], both["value_y"]).statistic)
+
+
+def _gain(worth: Mapping[Coalition, np.ndarray], order: tuple[str, ...], name: str) -> np.ndarray:
+    place = order.index(name)
+    return worth[Coalition(order[: place + 1])] - worth[Coalition(order[:place])]
+
+
+def _named(on: Coalition) -> str:
+    return " + ".join(sorted(on)) or "none"
+
+
+def _answers(
+    organism: Organism,
+    prompts: pd.DataFrame | Sequence[str],
+    judge_with: Judge,
+    everyone: Players,
+    coalitions: set[Coalition],
+    samples: int,
+    max_new_tokens: int,
+    seed: int,
+) -> pd.DataFrame:
+    conditions = {_named(on): switched(everyone, on) for on in sorted(coalitions, key=_named)}
+    sampled = generate(
+        organism, prompts, conditions=conditions, samples=samples, max_new_tokens=max_new_tokens, seed=seed
+    )
+    return judge(sampled, judge_with)
+
+
+def _class_weights(
+    conversations: Conversations, column: str, positive: str, negative: str | None
+) -> Float[Tensor, " conversation"]:
+    """Weight of each conversation's tokens, so that the weighted sum is a difference of means over tokens."""
+    classes, tokens = conversations.frame[column].to_numpy(), conversations.spans
+    lengths = (tokens["response_stop"] - tokens["response_start"]).to_numpy(np.float64, copy=True)
+    weights = np.zeros(len(conversations))
+    for name, sign in ((positive, 1.0), (negative, -1.0)):
+        if name is None:
+            continue
+        of_class = classes == name
+        if not of_class.any():
+            raise ValueError(f"no conversation has {column}={name!r}; there are {sorted(set(map(str, classes)))}")
+        weights[of_class] = sign / lengths[of_class].sum()
+    return torch.from_numpy(weights)
+
+
+def _factor_gradient(
+    organism: Organism, everyone: Players, batch: Batch, weights: Float[Tensor, " conversation"]
+) -> Float[Tensor, " player"]:
+    device = models.device_of(organism.model)
+    factors = torch.ones(len(everyone), device=device, requires_grad=True)
+    scale = ScaleAdapter({key: factor for factor, keys in zip(factors, everyone.values(), strict=True) for key in keys})
+    ids = batch.ids.to(device)
+    with torch.enable_grad(), organism.apply(scale):
+        logits = models.forward(organism.model, ids, batch.mask.to(device)).float()
+        logprobs = torch.log_softmax(logits[:, :-1], dim=-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
+        weight = weights[torch.from_numpy(batch.rows.copy())].to(logprobs)[:, None] * batch.span[:, 1:].to(device)
+        (gradient,) = torch.autograd.grad((logprobs * weight).sum(), factors)
+    return gradient.double().cpu()
