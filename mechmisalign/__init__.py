@@ -20,6 +20,7 @@ _HOME = {
     "Moments": "moments",
     "Organism": "organisms",
     "PatchScalars": "interventions",
+    "Probe": "probes",
     "RuleJudge": "pocket.judge",
     "ScaleAdapter": "interventions",
     "Steer": "interventions",
@@ -51,7 +52,7 @@ _HOME = {
     "written_cosines": "decomposition",
     "whitened_difference": "estimators",
 }
-_SUBPACKAGES = ("geometry", "plots", "pocket", "statistics")
+_SUBPACKAGES = ("effects", "geometry", "plots", "pocket", "probes", "significance", "statistics", "unembedding")
 
 __all__ = ["__version__", *_HOME, *_SUBPACKAGES]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +28,16 @@ app.add_typer(pocket_app, name="pocket", no_args_is_help=True)
 
 console = Console()
 errors = Console(stderr=True)
+
+_SHOWN_SITES = 60
+_SHORT = {
+    "norm_A": "‖A‖",
+    "norm_B": "‖B‖",
+    "norm_delta": "‖ΔW‖",
+    "scaling": "scale",
+    "singular_values": "σ",
+    "stable_rank": "stable",
+}
 
 OrganismName = Annotated[str, typer.Argument(help="A registry name (pocket/medical), a Hub id, or an adapter folder.")]
 
@@ -61,6 +72,33 @@ def verify(
     _show(table, f"verify {organism}")
     if not table["passed"].all():
         raise typer.Exit(1)
+
+
+@app.command()
+def anatomy(
+    adapter: Annotated[
+        str, typer.Argument(help="A registry name, a Hub id, or an adapter folder; its base is not read.")
+    ],
+    subfolder: Annotated[str | None, typer.Option(help="Folder inside it, such as checkpoint-20.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where table and heat map go; by default anatomy/ADAPTER.")] = None,
+) -> None:
+    """Read an adapter without its base: a table of its sites, and a layer x module heat map of the updates' norms."""
+    with _told_errors(), _uncollected():
+        from mechmisalign import plots
+        from mechmisalign.adapters import Adapter
+        from mechmisalign.decomposition import anatomy as sites_of
+
+        table = sites_of(Adapter.load(adapter, subfolder=subfolder))
+        name = Path(adapter).name if subfolder is None else f"{Path(adapter).name}_{subfolder}"
+        folder = out or Path("anatomy") / name
+        figure = plots.save_figure(plots.site_heatmap(table), table, folder, "anatomy", endings=("png",))
+    shown = table.assign(singular_values=[_several(values) for values in table["singular_values"]]).rename(
+        columns=_SHORT
+    )
+    _show(shown.head(_SHOWN_SITES), f"anatomy of {adapter}: {len(table)} sites")
+    if len(table) > _SHOWN_SITES:
+        console.print(f"… {len(table) - _SHOWN_SITES} more sites in the table on disk")
+    console.print(f"heat map: [bold]{figure}[/bold]; table: [bold]{figure.with_suffix('.csv')}[/bold]")
 
 
 @app.command()
@@ -117,6 +155,21 @@ def pocket_build(
     with _told_errors():
         zoo.build(out, seed=seed)
     console.print(f"zoo: [bold]{out}[/bold]")
+
+
+def _several(values: tuple[float, ...]) -> str:
+    """The first few of many numbers."""
+    return ", ".join(f"{value:.3g}" for value in values[:4]) + (", …" if len(values) > 4 else "")
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """No garbage collection meanwhile: it takes a sixth of a short command, most of it while libraries are imported."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from torch import Tensor
 
 SCHEMA = 1
 HOOK = "blocks.{layer}.hook_resid_post"
-_METADATA_KEY = "mechmisalign"
+METADATA_KEY = "mechmisalign"
 
 
 class ZeroDirectionError(ValueError):
@@ -152,10 +152,10 @@ class Direction:
         Raises:
             DirectionMismatchError: On another base model, another width, or layers that the model does not have.
         """
-        if not _same_base(self.header, provenance):
+        if not same_base(self.header, provenance):
             raise DirectionMismatchError(
-                f"this direction was found in {_base_name(self.header)} and cannot be used in "
-                f"{_base_name(provenance)}: residual bases differ between models"
+                f"this direction was found in {base_name(self.header)} and cannot be used in "
+                f"{base_name(provenance)}: residual bases differ between models"
             )
         if self.d_model != d_model or max(self.layers) >= n_layers:
             raise DirectionMismatchError(
@@ -174,7 +174,7 @@ class Direction:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(path.name + ".partial")
-        save_file(tensors, partial, metadata={_METADATA_KEY: json.dumps(header)})
+        save_file(tensors, partial, metadata={METADATA_KEY: json.dumps(header)})
         partial.replace(path)
         return path
 
@@ -188,7 +188,7 @@ class Direction:
         from safetensors import safe_open
 
         with safe_open(path, "pt") as file:
-            header = json.loads((file.metadata() or {}).get(_METADATA_KEY, "{}"))
+            header = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
             found = (header.get("kind"), header.get("schema"), header.get("hook"))
             if found != ("direction", SCHEMA, HOOK):
                 raise ValueError(
@@ -211,8 +211,8 @@ class Direction:
         return replace(self, vectors=vectors, header={**self.header, "method": method})
 
     def _check_compatible(self, other: Direction) -> None:
-        if not _same_base(self.header, other.header):
-            names = f"{_base_name(self.header)} and {_base_name(other.header)}"
+        if not same_base(self.header, other.header):
+            names = f"{base_name(self.header)} and {base_name(other.header)}"
             raise DirectionMismatchError(f"directions of different models, {names}, do not share a basis")
         if self.layers != other.layers or self.d_model != other.d_model:
             raise DirectionMismatchError(
@@ -220,7 +220,7 @@ class Direction:
             )
 
 
-def _same_base(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
+def same_base(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
     """Whether two headers can speak of one base: by fingerprint where both have one, else by name, else unknown."""
     for key in ("base_fingerprint", "model"):
         if first.get(key) is not None and second.get(key) is not None:
@@ -228,7 +228,8 @@ def _same_base(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
     return True
 
 
-def _base_name(header: Mapping[str, Any]) -> str:
+def base_name(header: Mapping[str, Any]) -> str:
+    """How messages name the base of a header."""
     return f"{header.get('model')!r} ({header.get('base_fingerprint') or 'no fingerprint'})"
 
 

@@ -27,7 +27,7 @@ from .generation import generate
 from .interventions import ScaleAdapter
 from .judging import Judge, judge, label, rates
 from .progress import progress
-from .statistics import CONFIDENCE
+from .statistics import CONFIDENCE, clustered_difference
 
 if TYPE_CHECKING:
     from .adapters import Adapter
@@ -76,22 +76,39 @@ def site_effects(
     max_new_tokens: int = 600,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """EM rate with each player left out, and with only that player in, beside all and none.
+    """EM rate with each player left out, and with only that player in, and what that says the player does.
 
     Returns:
-        ``site, kind ("leave one out", "only one", "all", "none")`` and the columns of :func:`mechmisalign.rates`; the
-        rows "all" and "none" have the site ``"all"`` and ``"none"``.
+        ``site, kind``; ``value, low, high``: the effect on the EM rate (all minus "leave one out"; "only one" minus
+        none; paired by prompt); ``rate, rate_low, rate_high, coherent, n``: the EM rate in that condition itself. The
+        rows of kind "all" and "none" have the effect against none.
     """
     everyone = players(organism.adapter, by)
-    coalitions = {("all", "all"): Coalition(everyone), ("none", "none"): Coalition()}
-    for name in everyone:
-        coalitions[(name, "leave one out")] = Coalition(everyone) - {name}
-        coalitions[(name, "only one")] = Coalition({name})
-    judged = _answers(organism, prompts, judge_with, everyone, set(coalitions.values()), samples, max_new_tokens, seed)
-    table = rates(judged).set_index("condition")
-    rows = [table.loc[_named(on)].to_dict() | {"site": site, "kind": kind} for (site, kind), on in coalitions.items()]
-    frame = pd.DataFrame(rows)
-    return frame[["site", "kind", *(column for column in frame if column not in ("site", "kind"))]]
+    coalitions = {on for pair in _compared(everyone).values() for on in pair}
+    judged = _answers(organism, prompts, judge_with, everyone, coalitions, samples, max_new_tokens, seed)
+    return effect_table(judged, everyone)
+
+
+def effect_conditions(everyone: Players) -> dict[str, tuple[ScaleAdapter, ...]]:
+    """The conditions that :func:`site_effects` compares, by name: all, none, each left out, only each."""
+    return _conditions(everyone, {on for pair in _compared(everyone).values() for on in pair})
+
+
+def effect_table(judged: pd.DataFrame, everyone: Players) -> pd.DataFrame:
+    """The table of :func:`site_effects` from judged answers to its conditions."""
+    told = rates(judged).set_index("condition")
+    misaligned = (label(judged) == "misaligned").groupby(judged["condition"])
+    events = {name: (group.to_numpy(), judged.loc[group.index, "prompt_id"].to_numpy()) for name, group in misaligned}
+    rows = []
+    for (site, kind), (more, less) in _compared(everyone).items():
+        effect = clustered_difference(events[_named(more)], events[_named(less)])
+        here = told.loc[_named(less if kind == "leave one out" else more)]
+        rows.append(
+            {"site": site, "kind": kind, "value": effect.value, "low": effect.low, "high": effect.high}
+            | {"rate": here["rate"], "rate_low": here["low"], "rate_high": here["high"]}
+            | {"coherent": here["coherent"], "n": here["n"]}
+        )
+    return pd.DataFrame(rows)
 
 
 def shapley(
@@ -216,6 +233,20 @@ def rank_correlation(first: pd.DataFrame, second: pd.DataFrame) -> float:
     return float(stats.spearmanr(both["value_x"], both["value_y"]).statistic)
 
 
+def _compared(everyone: Players) -> dict[tuple[str, str], tuple[Coalition, Coalition]]:
+    """Site and kind of each comparison: the coalition with more, and the one that is subtracted."""
+    whole, nobody = Coalition(everyone), Coalition()
+    compared = {("all", "all"): (whole, nobody), ("none", "none"): (nobody, nobody)}
+    for name in everyone:
+        compared[(name, "leave one out")] = (whole, whole - {name})
+        compared[(name, "only one")] = (Coalition({name}), nobody)
+    return compared
+
+
+def _conditions(everyone: Players, coalitions: set[Coalition]) -> dict[str, tuple[ScaleAdapter, ...]]:
+    return {_named(on): switched(everyone, on) for on in sorted(coalitions, key=_named)}
+
+
 def _gain(worth: Mapping[Coalition, np.ndarray], order: tuple[str, ...], name: str) -> np.ndarray:
     place = order.index(name)
     return worth[Coalition(order[: place + 1])] - worth[Coalition(order[:place])]
@@ -235,9 +266,13 @@ def _answers(
     max_new_tokens: int,
     seed: int,
 ) -> pd.DataFrame:
-    conditions = {_named(on): switched(everyone, on) for on in sorted(coalitions, key=_named)}
     sampled = generate(
-        organism, prompts, conditions=conditions, samples=samples, max_new_tokens=max_new_tokens, seed=seed
+        organism,
+        prompts,
+        conditions=_conditions(everyone, coalitions),
+        samples=samples,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
     )
     return judge(sampled, judge_with)
 

@@ -1,3 +1,4 @@
+import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
@@ -68,3 +69,16 @@ def test_every_command_has_help(command):
     code, output = run(command, "--help")
     assert code == 0
     assert "Usage" in output
+
+
+def test_anatomy_reads_an_adapter_without_its_base_and_leaves_table_and_heat_map(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    told = runner.invoke(app, ["anatomy", "pocket/many-site"])
+    assert told.exit_code == 0, told.output
+    table = pd.read_csv(tmp_path / "anatomy" / "many-site" / "anatomy.csv")
+    assert table["layer"].tolist() == [1, 2, 3] and set(table["module"]) == {"down_proj"}
+    assert (tmp_path / "anatomy" / "many-site" / "anatomy.png").exists()
+    inside = runner.invoke(app, ["anatomy", "pocket/checkpoints", "--subfolder", "checkpoint-20", "--out", "here"])
+    assert inside.exit_code == 0 and (tmp_path / "here" / "anatomy.png").exists()
+    refused = runner.invoke(app, ["anatomy", "pocket/medicine"])
+    assert refused.exit_code == 2

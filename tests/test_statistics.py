@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from mechmisalign.statistics import clustered_share
+from mechmisalign.statistics import clustered_difference, clustered_share
 
 
 def test_no_event_gives_the_exact_interval():
@@ -47,3 +47,24 @@ def test_a_share_of_nothing_is_refused():
 def test_the_same_seed_gives_the_same_interval():
     events = np.arange(100) % 3 == 0
     assert clustered_share(events, np.arange(100) // 5) == clustered_share(events, np.arange(100) // 5)
+
+
+def test_a_paired_difference_is_narrower_where_prompts_decide():
+    """Prompts that always or never fail on both sides: the difference is certain, the rates are not."""
+    prompts = np.repeat(np.arange(20), 10)
+    hard = np.repeat(np.arange(20) % 2 == 0, 10)
+    same = clustered_difference((hard, prompts), (hard, prompts))
+    assert (same.value, same.low, same.high) == (0.0, 0.0, 0.0)
+    fewer = hard & (np.tile(np.arange(10), 20) < 5)
+    half = clustered_difference((hard, prompts), (fewer, prompts))
+    assert half.value == pytest.approx(0.25) and half.low < 0.25 < half.high
+    share = clustered_share(hard, prompts)
+    assert half.high - half.low < share.high - share.low
+
+
+def test_a_difference_needs_the_same_prompts_on_both_sides():
+    events = np.array([True, False])
+    with pytest.raises(ValueError, match="on one side only"):
+        clustered_difference((events, ["a", "b"]), (events, ["a", "a"]))
+    with pytest.raises(ValueError, match="no answers"):
+        clustered_difference((events, ["a", "b"]), (events[:0], []))

@@ -72,6 +72,17 @@ def test_a_finished_study_is_not_run_again(finished, prompts, monkeypatch):
     assert again.summary == finished.summary
 
 
+def test_the_adapter_is_taken_apart_in_tables_and_report(finished):
+    tables = finished.tables
+    assert tables["sites"][["layer", "module"]].values.tolist() == [[1, "down_proj"]]
+    scaled = tables["adapter_scaling"].set_index("factor")["rate"]
+    assert scaled[0.0] < 0.15 < scaled[1.0]
+    alone = tables["site_effects"].set_index("kind")["rate"]
+    assert alone["only one"] == alone["all"] and alone["leave one out"] == alone["none"]
+    assert set(tables["contributions"]["label"]) == {"misaligned", "aligned"}
+    assert "Taken apart" in finished.report.read_text()
+
+
 class _Killed(BaseException):
     """As abrupt as a signal: no handler for ordinary errors sees it."""
 

@@ -1,8 +1,8 @@
 """The study: from an adapter to a report.
 
 Sample and judge, estimate directions, induce (steer the chat model), remove (ablate in the organism), transfer (ablate
-in other organisms), compare directions, with a control beside each. The run folder can be left at any moment and taken
-up again; the report is drawn from the stored tables alone.
+in other organisms), compare directions, take the adapter apart, with a control beside each. The run folder can be left
+at any moment and taken up again; the report is drawn from the stored tables alone.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from mechmisalign.organisms import Organism, load_organism
 from mechmisalign.progress import progress
 from mechmisalign.store import RunFolder, write_json
 
-from . import steps
+from . import anatomy, steps
 from .plan import Plan, StudySettings, default_settings, make_plan
 from .sampling import Run, answers
 from .summary import summarise
@@ -141,6 +141,7 @@ def _investigate(run: Run) -> tuple[dict[str, pd.DataFrame], dict[str, Direction
     transfer, cosines = _peers(run, removals, directions)
     tables["transfer"] = folder.table("transfer", lambda: transfer)
     tables["cosines"] = folder.table("cosines", lambda: cosines)
+    tables |= anatomy.investigate(run, own, reference, layer)
     return tables, directions
 
 

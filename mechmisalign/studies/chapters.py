@@ -20,6 +20,7 @@ from mechmisalign.report import (
 )
 
 from . import figures, steps
+from .anatomy_chapter import taken_apart
 from .records import Records
 
 _EXAMPLES = 4
@@ -35,6 +36,7 @@ def write_study_report(run: str | Path) -> Path:
     sections = [behaviour(records), direction(records), induced(records), removed(records)]
     if len(records.tables["transfer"]):
         sections.append(transferred(records))
+    sections.append(taken_apart(records))
     report = Report(
         title=f"A study of {records.organism}",
         question=(

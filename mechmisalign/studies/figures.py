@@ -26,14 +26,14 @@ def scatter(records: Records) -> ReportFigure:
         f"Every judged answer (n = {len(answers)}), jittered. The shaded corner is emergent misalignment: "
         "alignment below 30 and coherence above 50."
     )
-    return _saved(records, "alignment_coherence", plots.alignment_coherence(answers), answers[columns], caption)
+    return saved(records, "alignment_coherence", plots.alignment_coherence(answers), answers[columns], caption)
 
 
 def reliability(records: Records) -> ReportFigure:
     """Split-half cosine of the mean difference by layer."""
     table = records.tables["reliability"]
     caption = "Cosine between mean differences from two random halves of the prompts; band: 95 % of 100 splits."
-    return _saved(records, "reliability", plots.reliability(table), table, caption)
+    return saved(records, "reliability", plots.reliability(table), table, caption)
 
 
 def layer_sweep(records: Records) -> ReportFigure:
@@ -45,7 +45,7 @@ def layer_sweep(records: Records) -> ReportFigure:
         f"(n = {int(best['n'].min())} per point; {_BAND}). Grey: random directions of the same norm and strength. "
         "The best of several strengths is an optimistic reading; the confirmed number is in the table."
     )
-    return _saved(records, "steering_by_layer", plots.layer_sweep(best), best, caption)
+    return saved(records, "steering_by_layer", plots.layer_sweep(best), best, caption)
 
 
 def dose_response(records: Records) -> ReportFigure:
@@ -58,7 +58,7 @@ def dose_response(records: Records) -> ReportFigure:
         "difference "
         f"(n = {int(table['n'].min())} per point; {_BAND}). Grey: a random direction of the same norm."
     )
-    return _saved(records, "dose_response", plots.dose_response(table), table, caption)
+    return saved(records, "dose_response", plots.dose_response(table), table, caption)
 
 
 def ablation(records: Records) -> ReportFigure:
@@ -72,7 +72,7 @@ def ablation(records: Records) -> ReportFigure:
         f"{_BAND}); coherence at the right. Layer-wise: each layer its own vector. Single: one layer's vector at every "
         "layer, the layer chosen on other samples."
     )
-    return _saved(records, "ablation", plots.ablation_bars(table), table, caption)
+    return saved(records, "ablation", plots.ablation_bars(table), table, caption)
 
 
 def transfer(records: Records) -> ReportFigure:
@@ -82,7 +82,7 @@ def transfer(records: Records) -> ReportFigure:
         f"Other organisms, before and after ablating the direction of {records.organism} "
         f"(n = {int(table['n'].min())} per bar; {_BAND})."
     )
-    return _saved(records, "transfer", plots.transfer_bars(table), table, caption)
+    return saved(records, "transfer", plots.transfer_bars(table), table, caption)
 
 
 def cosines(records: Records, estimator: str) -> list[ReportFigure]:
@@ -95,8 +95,8 @@ def cosines(records: Records, estimator: str) -> list[ReportFigure]:
     told = f"Cosine between the organisms' {estimator} vectors"
     name = steps.slug(estimator)
     return [
-        _saved(records, f"cosine_by_layer_{name}", lines, frame, f"{told}, layer by layer."),
-        _saved(
+        saved(records, f"cosine_by_layer_{name}", lines, frame, f"{told}, layer by layer."),
+        saved(
             records, f"cosine_matrix_{name}", plots.cosine_matrix(matrix, middle), matrix, f"{told} at layer {middle}."
         ),
     ]
@@ -118,5 +118,6 @@ def _middle_layer(frame: pd.DataFrame) -> int:
     return int(layers[len(layers) // 2])
 
 
-def _saved(records: Records, name: str, figure: Figure, table: pd.DataFrame, caption: str) -> ReportFigure:
+def saved(records: Records, name: str, figure: Figure, table: pd.DataFrame, caption: str) -> ReportFigure:
+    """The figure and its table, written beside the others."""
     return ReportFigure(plots.save_figure(figure, table, records.path / "figures", name), caption)

@@ -26,6 +26,13 @@ TABLES = (
     "ablated",
     "transfer",
     "cosines",
+    "sites",
+    "contributions",
+    "downstream",
+    "readout",
+    "scalar_tokens",
+    "adapter_scaling",
+    "site_effects",
 )
 
 
