@@ -7,7 +7,6 @@ one is an error, never NaN. The estimators are in :mod:`mechmisalign.estimators`
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,9 +16,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ._artifacts import base_name, read_artifact, same_base, write_artifact
+
 SCHEMA = 1
 HOOK = "blocks.{layer}.hook_resid_post"
-METADATA_KEY = "mechmisalign"
 
 
 class ZeroDirectionError(ValueError):
@@ -165,18 +165,11 @@ class Direction:
 
     def save(self, path: str | Path) -> Path:
         """Write a safetensors file with the header as JSON metadata; returns the path."""
-        from safetensors.torch import save_file
-
         header = {**self.header, "schema": SCHEMA, "kind": "direction", "hook": HOOK, "layers": list(self.layers)}
         tensors = {"vectors": self.vectors.contiguous()}
         if self.resid_norm is not None:
             tensors["resid_norm"] = self.resid_norm.contiguous()
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        save_file(tensors, partial, metadata={METADATA_KEY: json.dumps(header)})
-        partial.replace(path)
-        return path
+        return write_artifact(path, tensors, header)
 
     @staticmethod
     def load(path: str | Path) -> Direction:
@@ -185,17 +178,13 @@ class Direction:
         Raises:
             ValueError: If the file is not a direction of this schema and layer convention.
         """
-        from safetensors import safe_open
-
-        with safe_open(path, "pt") as file:
-            header = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
-            found = (header.get("kind"), header.get("schema"), header.get("hook"))
-            if found != ("direction", SCHEMA, HOOK):
-                raise ValueError(
-                    f"{path} is not a direction this version reads: kind, schema, hook are {found}, "
-                    f"expected {('direction', SCHEMA, HOOK)}"
-                )
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+        header, tensors = read_artifact(path)
+        found = (header.get("kind"), header.get("schema"), header.get("hook"))
+        if found != ("direction", SCHEMA, HOOK):
+            raise ValueError(
+                f"{path} is not a direction this version reads: kind, schema, hook are {found}, "
+                f"expected {('direction', SCHEMA, HOOK)}"
+            )
         return Direction(tensors["vectors"], tuple(header["layers"]), header, tensors.get("resid_norm"))
 
     @property
@@ -218,19 +207,6 @@ class Direction:
             raise DirectionMismatchError(
                 f"shapes differ: layers {list(self.layers)} x {self.d_model} and {list(other.layers)} x {other.d_model}"
             )
-
-
-def same_base(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
-    """Whether two headers can speak of one base: by fingerprint where both have one, else by name, else unknown."""
-    for key in ("base_fingerprint", "model"):
-        if first.get(key) is not None and second.get(key) is not None:
-            return bool(first[key] == second[key])
-    return True
-
-
-def base_name(header: Mapping[str, Any]) -> str:
-    """How messages name the base of a header."""
-    return f"{header.get('model')!r} ({header.get('base_fingerprint') or 'no fingerprint'})"
 
 
 def random_direction(like: Direction, *, seed: int) -> Direction:

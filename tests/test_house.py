@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "mechmisalign"
 
 FLOORS = {
-    1: {"_adapter_files", "adapters", "decomposition", "directions", "estimators", "geometry", "moments", "probes", "registry", "statistics"},
+    1: {"_adapter_files", "_artifacts", "adapters", "decomposition", "directions", "estimators", "geometry", "moments", "probes", "registry", "statistics"},
     2: {
         "_bases", "_hooked", "_matrices", "_merging", "_rendering", "activations", "conversations", "decoding", "effects", "generation", "interventions", "judging",
         "models", "organisms", "pocket", "progress", "propagation", "scalars", "significance", "store", "unembedding", "verification",

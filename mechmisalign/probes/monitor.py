@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -12,10 +11,11 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import pandas as pd
+import torch
 from jaxtyping import Float64
 from sklearn.base import clone
 
-from mechmisalign.directions import METADATA_KEY, base_name, same_base
+from mechmisalign._artifacts import base_name, read_artifact, same_base, write_artifact
 
 from ._arrays import as_matrix
 from .estimators import linear_weights
@@ -142,16 +142,9 @@ class Probe:
 
     def save(self, path: str | Path) -> Path:
         """Write a safetensors file with the header as JSON metadata; returns the path."""
-        from safetensors.numpy import save_file
-
         header = {**self.header, "schema": SCHEMA, "kind": "probe", "features": list(self.features)}
-        tensors = {"coef": np.ascontiguousarray(self.coef), "intercept": np.array([self.intercept])}
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        save_file(tensors, partial, metadata={METADATA_KEY: json.dumps(header)})
-        partial.replace(path)
-        return path
+        tensors = {"coef": torch.tensor(self.coef), "intercept": torch.tensor([self.intercept], dtype=torch.float64)}
+        return write_artifact(path, tensors, header)
 
     @staticmethod
     def load(path: str | Path) -> Probe:
@@ -160,17 +153,13 @@ class Probe:
         Raises:
             ValueError: If the file is not a probe of this schema.
         """
-        from safetensors import safe_open
-
-        with safe_open(path, "np") as file:
-            header = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
-            found = (header.get("kind"), header.get("schema"))
-            if found != ("probe", SCHEMA):
-                raise ValueError(
-                    f"{path} is not a probe this version reads: kind, schema are {found}, expected {('probe', SCHEMA)}"
-                )
-            coef, intercept = file.get_tensor("coef"), file.get_tensor("intercept")
-        return Probe(coef, float(intercept[0]), tuple(header["features"]), header)
+        header, tensors = read_artifact(path)
+        found = (header.get("kind"), header.get("schema"))
+        if found != ("probe", SCHEMA):
+            raise ValueError(
+                f"{path} is not a probe this version reads: kind, schema are {found}, expected {('probe', SCHEMA)}"
+            )
+        return Probe(tensors["coef"].numpy(), float(tensors["intercept"][0]), tuple(header["features"]), header)
 
     def _in_order(self, frame: pd.DataFrame) -> pd.DataFrame:
         named = frame.set_axis([str(name) for name in frame.columns], axis=1)

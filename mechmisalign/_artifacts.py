@@ -1,0 +1,48 @@
+"""Artifacts: safetensors files with a JSON header, and whether two headers speak of one base model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+METADATA_KEY = "mechmisalign"
+
+
+def write_artifact(path: str | Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> Path:
+    """Write tensors and header in one move: the file is there whole, or not at all; returns the path."""
+    from safetensors.torch import save_file
+
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(whole, partial, metadata={METADATA_KEY: json.dumps(dict(header))})
+    partial.replace(path)
+    return path
+
+
+def read_artifact(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Header and tensors of an artifact; the header of any other safetensors file is empty."""
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        header: dict[str, Any] = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+    return header, tensors
+
+
+def same_base(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
+    """Whether two headers can speak of one base: by fingerprint where both have one, else by name, else unknown."""
+    for key in ("base_fingerprint", "model"):
+        if first.get(key) is not None and second.get(key) is not None:
+            return bool(first[key] == second[key])
+    return True
+
+
+def base_name(header: Mapping[str, Any]) -> str:
+    """How messages name the base of a header."""
+    return f"{header.get('model')!r} ({header.get('base_fingerprint') or 'no fingerprint'})"
