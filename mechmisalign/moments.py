@@ -6,7 +6,7 @@ Groups are finer than classes on purpose: grouped by ``["label", "prompt_id"]``,
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -63,6 +63,14 @@ class Moments:
             known = ", ".join(repr(value) for value in column.unique())
             raise ValueError(f"no tokens with {self.by[0]} = {label!r}; these moments know {known}")
         return self.take(rows)
+
+    def features(self) -> Iterator[tuple[int, Float64[np.ndarray, "group d_model"]]]:
+        """Each layer with the groups' means as rows: what :func:`mechmisalign.probes.evaluate_layers` takes.
+
+        Collected by class, prompt and sample, a row is one answer; labels and prompts are columns of ``groups``.
+        """
+        for place, layer in enumerate(self.layers):
+            yield layer, self.mean[:, place].numpy()
 
     def pooled(self) -> Float64[Tensor, "layer d_model"]:
         """Mean over all tokens of all groups."""

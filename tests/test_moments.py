@@ -5,6 +5,7 @@ import torch
 from torch.testing import assert_close
 
 from mechmisalign.moments import Moments, align_groups
+from mechmisalign.probes import MeanDifferenceProbe, evaluate_layers
 
 
 def made_moments(labels=("bad", "good"), prompts=4, layers=2, width=5, seed=0) -> Moments:
@@ -53,3 +54,18 @@ def test_groups_in_another_order_are_aligned():
 def test_moments_over_other_text_are_not_aligned():
     with pytest.raises(ValueError, match="not over the same text"):
         align_groups(made_moments(), made_moments(seed=1))
+
+
+def test_features_are_the_groups_means_layer_by_layer_and_feed_a_probe():
+    generator = torch.Generator().manual_seed(0)
+    groups = pd.DataFrame({"label": ["a", "b"] * 20, "prompt_id": [f"p{i // 4}" for i in range(40)], "tokens": 3})
+    mean = torch.randn(40, 2, 5, generator=generator, dtype=torch.float64)
+    mean[1::2, 1] += 4.0  # the classes part in layer 7 only
+    moments = Moments(groups, mean, torch.ones(40, 2, dtype=torch.float64), (3, 7), {})
+    layers = dict(moments.features())
+    assert list(layers) == [3, 7] and np.array_equal(layers[7], mean[:, 1].numpy())
+    table = evaluate_layers(
+        moments.features(), groups["label"], groups["prompt_id"], probe=MeanDifferenceProbe(), repeats=5
+    )
+    auroc = table.query("metric == 'auroc' and series == 'probe'").set_index("layer")["score"]
+    assert auroc[7] > 0.95 > auroc[3]
