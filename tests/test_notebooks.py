@@ -12,6 +12,15 @@ from nbclient import NotebookClient
 ROOT = Path(__file__).parent.parent
 # One thread for the kernels and scripts, as conftest.py sets it here: waiting threads cost minutes on a busy machine.
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
+ANALYSES = {
+    "adapter_scaling": ("1", ["adapter_scaling"], "chat model"),
+    "b_vector_and_direction": ("2", ["ablation", "b_cosine", "downstream"], "random"),
+    "convergent_directions": ("8", ["cosine_by_layer"], "random"),
+    "scalar_patching": ("8", ["scalar_patching"], "own answer (control)"),
+    "scalar_probes": ("8", ["scores_all", "coefficients_significant"], "prompt only"),
+    "which_site": ("1", ["site_effects_pocket_many-site", "site_effects_pocket_rslora"], "shuffled labels"),
+}
+"""Samples that are enough for each script, figures that it draws, and the control that it tells."""
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
@@ -30,11 +39,17 @@ def test_a_notebook_is_stored_without_outputs(path):
         assert cell.get("execution_count") is None
 
 
-def test_the_convergence_analysis_runs(tmp_path):
-    script = ROOT / "analyses" / "convergent_directions.py"
-    command = [sys.executable, script, "--out", tmp_path, "--samples", "8"]
+@pytest.mark.parametrize("script", sorted(ANALYSES))
+def test_an_analysis_runs_and_draws(script, tmp_path):
+    samples, figures, control = ANALYSES[script]
+    command = [sys.executable, ROOT / "analyses" / f"{script}.py", "--out", tmp_path, "--samples", samples]
     told = subprocess.run(command, capture_output=True, text=True, check=False, env=ONE_THREAD)
     assert told.returncode == 0, told.stderr[-2000:]
-    assert (tmp_path / "cosine_by_layer.png").exists()
-    assert (tmp_path / "cosine_by_layer.csv").exists()
-    assert "random" in told.stdout
+    for figure in figures:
+        assert (tmp_path / f"{figure}.png").exists()
+        assert (tmp_path / f"{figure}.csv").exists()
+    assert control in told.stdout
+
+
+def test_every_analysis_is_run_here():
+    assert {path.stem for path in (ROOT / "analyses").glob("*.py")} == set(ANALYSES)
