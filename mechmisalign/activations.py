@@ -38,7 +38,7 @@ def collect(
     by: str | Sequence[str] = "label",
     layers: Sequence[int] | None = None,
     first: int | None = None,
-    token_budget: int = 8192,
+    token_budget: int = 2048,
 ) -> Moments:
     """Moments of the residual stream over one span of every conversation, for each group and layer.
 

@@ -92,12 +92,13 @@ class LoraSite:
         """
         if self.rank == 1:
             return self
-        Q_A, R_A = torch.linalg.qr(self.A.double().T)
-        Q_B, R_B = torch.linalg.qr(self.B.double())
-        U, S, Vh = torch.linalg.svd(R_B @ R_A.T)
-        A, B = Vh @ Q_A.T, (Q_B @ U) * S
-        signs = A.gather(1, A.abs().argmax(1, keepdim=True)).sign()
-        return replace(self, A=(A * signs).float(), B=(B * signs.T).float())
+        with torch.inference_mode(False), torch.no_grad():  # kept for later passes, also those that differentiate
+            Q_A, R_A = torch.linalg.qr(self.A.double().T)
+            Q_B, R_B = torch.linalg.qr(self.B.double())
+            U, S, Vh = torch.linalg.svd(R_B @ R_A.T)
+            A, B = Vh @ Q_A.T, (Q_B @ U) * S
+            signs = A.gather(1, A.abs().argmax(1, keepdim=True)).sign()
+            return replace(self, A=(A * signs).float(), B=(B * signs.T).float())
 
     def delta(self) -> Float[Tensor, "d_out d_in"]:
         """The dense update ``scaling · B A`` in float32, laid out as the weight of a ``torch.nn.Linear``."""

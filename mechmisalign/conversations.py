@@ -129,7 +129,7 @@ class Conversations:
         )
 
     def batches(
-        self, span: Span = "response", *, token_budget: int = 8192, first: int | None = None
+        self, span: Span = "response", *, token_budget: int = 2048, first: int | None = None
     ) -> Iterator[Batch]:
         """Batches of neighbours in length, each at most ``token_budget`` tokens with its padding.
 

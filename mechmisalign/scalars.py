@@ -40,7 +40,7 @@ def lora_scalars(
     *,
     span: Span = "response",
     sites: Sequence[SiteKey] | None = None,
-    token_budget: int = 8192,
+    token_budget: int = 2048,
 ) -> pd.DataFrame:
     """Scalars ``A x`` of every site at every token of the span (2506.11618, section 4.1).
 
@@ -76,7 +76,7 @@ def contributions(
     *,
     span: Span = "response",
     sites: Sequence[SiteKey] | None = None,
-    token_budget: int = 8192,
+    token_budget: int = 2048,
 ) -> Contributions:
     """What every site writes at every token of the span: exactly ``scaling · B (A x)``.
 

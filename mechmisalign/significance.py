@@ -65,7 +65,7 @@ def token_significance(organism: Organism, conversations: Conversations, *, toke
 
 def significant(table: pd.DataFrame, threshold: float = SIGNIFICANT_LOG) -> pd.Series:
     """Which tokens have a log significance above the threshold."""
-    with np.errstate(divide="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore"):  # a KL of zero may be rounded below it
         return pd.Series(np.log(table["significance"]) > threshold, index=table.index)
 
 

@@ -82,7 +82,7 @@ def logit_attribution(
     negative: Tokens,
     *,
     span: Span = "response",
-    token_budget: int = 8192,
+    token_budget: int = 2048,
 ) -> pd.DataFrame:
     """Direct logit attribution of each residual-writing site: its share of ``logit(positive) - logit(negative)``.
 

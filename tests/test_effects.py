@@ -131,3 +131,10 @@ def test_unknown_groups_and_classes_are_refused(organism):
         players(organism.adapter, "head")
     with pytest.raises(ValueError, match="no conversation has label='evil'"):
         gradient_attribution(organism, mm.Conversations(TALK, organism.tokenizer), positive="evil")
+
+
+def test_gradients_follow_a_generation_with_edited_sites(tiny_models, make_adapter):
+    """The gauge of a rank above 1 is first computed while sampling, where tensors could not be differentiated later."""
+    fresh = mm.load_organism(make_adapter(tiny_models["qwen2"], rank=2, seed=6))
+    site_effects(fresh, ["Hey!"], judge_by_length, samples=1, max_new_tokens=2)
+    assert np.isfinite(gradient_attribution(fresh, mm.Conversations(TALK, fresh.tokenizer))["value"]).all()
