@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from extraction import RESULTS, bare_forward, ragged_conversations, seconds
+from extraction import RESULTS, bare_forward, ragged_conversations, seconds, write_random_organism
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM
 
 import mechmisalign as mm
 from mechmisalign.pocket import zoo
@@ -36,23 +36,6 @@ SHAPES_14B = {
     "self_attn.o_proj": (5120, 5120), "mlp.gate_proj": (5120, 13824), "mlp.up_proj": (5120, 13824),
     "mlp.down_proj": (13824, 5120),
 }  # fmt: skip
-
-
-def write_random_organism(folder: Path, rank: int) -> Path:
-    """A random Qwen2 of 12 x 768 with the pocket tokenizer, and a random adapter on all its matrices."""
-    from peft import LoraConfig, get_peft_model
-
-    tokenizer = AutoTokenizer.from_pretrained(zoo.path("chat"))
-    config = Qwen2Config(
-        vocab_size=32000, hidden_size=768, intermediate_size=2304, num_hidden_layers=12, num_attention_heads=12,
-        num_key_value_heads=4, tie_word_embeddings=True,
-    )  # fmt: skip
-    Qwen2ForCausalLM(config).save_pretrained(folder / "base")
-    tokenizer.save_pretrained(folder / "base")
-    lora = LoraConfig(r=rank, target_modules=ALL, init_lora_weights=False)
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder / "base"), lora)
-    model.save_pretrained(folder / f"rank-{rank}")
-    return folder / f"rank-{rank}"
 
 
 def write_14b_adapter(folder: Path) -> Path:
@@ -134,7 +117,7 @@ def main() -> None:
         for name in ("medical", "many-site", "rslora")
     ]
     with tempfile.TemporaryDirectory() as folder:
-        adapter = write_random_organism(Path(folder), 32)
+        adapter = write_random_organism(Path(folder), r=32, target_modules=ALL)
         bare = AutoModelForCausalLM.from_pretrained(Path(folder) / "base").eval()
         larger = mm.load_organism(adapter)
         results.append(measure("random Qwen2, rank 32", larger, bare, options.rows // 4, options.rounds))

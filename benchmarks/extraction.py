@@ -82,8 +82,8 @@ def seconds(ways: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]
     return best
 
 
-def random_organism(folder: Path) -> tuple[mm.Organism, Any]:
-    """A random Qwen2 of 0.1 B parameters with the pocket tokenizer, and a rank-1 adapter of zeros beside it."""
+def write_random_organism(folder: Path, **lora: Any) -> Path:
+    """A random Qwen2 of 0.1 B parameters with the pocket tokenizer in ``folder / "base"``; the adapter's folder."""
     from peft import LoraConfig, get_peft_model
 
     tokenizer = AutoTokenizer.from_pretrained(zoo.path("chat"))
@@ -93,10 +93,15 @@ def random_organism(folder: Path) -> tuple[mm.Organism, Any]:
     )  # fmt: skip
     Qwen2ForCausalLM(config).save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")
-    bare = AutoModelForCausalLM.from_pretrained(folder / "base").eval()
-    lora = LoraConfig(r=1, target_modules=["down_proj"], layers_to_transform=[6], init_lora_weights=False)
-    get_peft_model(AutoModelForCausalLM.from_pretrained(folder / "base"), lora).save_pretrained(folder / "adapter")
-    return mm.load_organism(folder / "adapter"), bare
+    adapted = LoraConfig(init_lora_weights=False, **lora)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(folder / "base"), adapted).save_pretrained(folder / "adapter")
+    return folder / "adapter"
+
+
+def random_organism(folder: Path) -> tuple[mm.Organism, Any]:
+    """The random Qwen2 with a random rank-1 adapter on one matrix, and the plain model."""
+    adapter = write_random_organism(folder, r=1, target_modules=["down_proj"], layers_to_transform=[6])
+    return mm.load_organism(adapter), AutoModelForCausalLM.from_pretrained(folder / "base").eval()
 
 
 def measure(name: str, organism: mm.Organism, bare: Any, rows: int, rounds: int) -> dict[str, Any]:

@@ -18,6 +18,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+SiteKey = tuple[int, str]
+"""Layer and module: how interventions and tables name a site."""
+
 RESIDUAL_WRITERS = ("o_proj", "down_proj")
 """Matrices whose output is added to the residual stream (where no norm follows them, as one does in Gemma 2 and 3)."""
 
@@ -62,8 +65,8 @@ class LoraSite:
         return int(self.B.shape[0])
 
     @property
-    def key(self) -> tuple[int, str]:
-        """Layer and module: how interventions and tables name a site."""
+    def key(self) -> SiteKey:
+        """The site's ``SiteKey``."""
         return self.layer, self.module
 
     @property
@@ -181,7 +184,7 @@ class Adapter:
                 return site
         raise KeyError(f"no site {module!r} in layer {layer}; the layers are {self.layers}, the modules {self.modules}")
 
-    def select(self, sites: Iterable[tuple[int, str]] | None) -> tuple[LoraSite, ...]:
+    def select(self, sites: Iterable[SiteKey] | None) -> tuple[LoraSite, ...]:
         """The named sites in the adapter's own order; all of them for None.
 
         Raises:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from . import models
 from .activations import in_memory
+from .adapters import Adapter, LoraSite, SiteKey
 from .conversations import Batch, Conversations
 from .generation import generate
 from .interventions import ScaleAdapter
@@ -30,10 +31,8 @@ from .progress import progress
 from .statistics import CONFIDENCE, clustered_difference
 
 if TYPE_CHECKING:
-    from .adapters import Adapter
     from .organisms import Organism
 
-SiteKey = tuple[int, str]
 Players = Mapping[str, tuple[SiteKey, ...]]
 """Named groups of sites that are switched together."""
 
@@ -46,16 +45,16 @@ def players(adapter: Adapter, by: str = "site") -> dict[str, tuple[SiteKey, ...]
     Raises:
         ValueError: On another grouping.
     """
-    names: dict[str, Callable[[SiteKey], str]] = {
-        "site": lambda key: f"{key[0]}.{key[1]}",
-        "layer": lambda key: f"layer {key[0]}",
-        "module": lambda key: key[1],
+    names: dict[str, Callable[[LoraSite], str]] = {
+        "site": lambda site: site.label,
+        "layer": lambda site: f"layer {site.layer}",
+        "module": lambda site: site.module,
     }
     if by not in names:
         raise ValueError(f"by must be one of {tuple(names)}, got {by!r}")
     groups: dict[str, tuple[SiteKey, ...]] = {}
     for site in adapter.sites:
-        name = names[by](site.key)
+        name = names[by](site)
         groups[name] = (*groups.get(name, ()), site.key)
     return groups
 
@@ -84,8 +83,7 @@ def site_effects(
         rows of kind "all" and "none" have the effect against none.
     """
     everyone = players(organism.adapter, by)
-    coalitions = {on for pair in _compared(everyone).values() for on in pair}
-    judged = _answers(organism, prompts, judge_with, everyone, coalitions, samples, max_new_tokens, seed)
+    judged = _answers(organism, prompts, judge_with, effect_conditions(everyone), samples, max_new_tokens, seed)
     return effect_table(judged, everyone)
 
 
@@ -145,7 +143,8 @@ def shapley(
     everyone = players(organism.adapter, by)
     sampled = sampled_orders(list(everyone), permutations, seed)
     coalitions = {Coalition(order[:size]) for order in sampled for size in range(len(order) + 1)}
-    judged = _answers(organism, prompts, judge_with, everyone, coalitions, samples, max_new_tokens, seed)
+    conditions = _conditions(everyone, coalitions)
+    judged = _answers(organism, prompts, judge_with, conditions, samples, max_new_tokens, seed)
     misaligned = judged.assign(event=(label(judged) == "misaligned").astype(float))
     by_prompt = misaligned.groupby(["condition", "prompt_id"])["event"].mean().unstack("prompt_id")
     worth = {on: by_prompt.loc[_named(on)].to_numpy() for on in coalitions}
@@ -260,19 +259,13 @@ def _answers(
     organism: Organism,
     prompts: pd.DataFrame | Sequence[str],
     judge_with: Judge,
-    everyone: Players,
-    coalitions: set[Coalition],
+    conditions: Mapping[str, tuple[ScaleAdapter, ...]],
     samples: int,
     max_new_tokens: int,
     seed: int,
 ) -> pd.DataFrame:
     sampled = generate(
-        organism,
-        prompts,
-        conditions=_conditions(everyone, coalitions),
-        samples=samples,
-        max_new_tokens=max_new_tokens,
-        seed=seed,
+        organism, prompts, conditions=conditions, samples=samples, max_new_tokens=max_new_tokens, seed=seed
     )
     return judge(sampled, judge_with)
 

@@ -101,14 +101,19 @@ class Organism:
             the stored update against ΔW, ``top_rank_energy`` (share of the stored update's squared singular values in
             the largest ``rank``), ``faithful`` (cosine of at least 0.99; otherwise use ``weights="live"``).
         """
-        if self._depth:
+        if self.is_base:
             raise RuntimeError("inside as_base() no update is stored; call fidelity() outside the block")
         return _merging.fidelity(self.model, self.adapter, self._matrices)
 
     @property
+    def is_base(self) -> bool:
+        """Whether the adapter is out: inside ``as_base()``."""
+        return self._depth > 0
+
+    @property
     def provenance(self) -> dict[str, Any]:
         """JSON values for the headers of artifacts; inside ``as_base()`` there is no adapter in them."""
-        adapter = None if self._depth else self.adapter
+        adapter = None if self.is_base else self.adapter
         return {
             "model": self.base.name,
             "base_revision": self.base.revision,

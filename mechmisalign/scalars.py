@@ -24,14 +24,12 @@ from .decomposition import Contributions
 from .progress import progress
 
 if TYPE_CHECKING:
-    from .adapters import LoraSite
+    from .adapters import LoraSite, SiteKey
     from .directions import Direction
     from .organisms import Organism
 
 _SHARED_INPUTS = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
 """Matrices that read the very same activation: one hook serves them all."""
-
-SiteKey = tuple[int, str]
 
 
 def lora_scalars(
@@ -94,7 +92,7 @@ def contributions(
             between the sites and the residual stream.
         DirectionMismatchError: If the direction belongs to another model.
     """
-    if organism.provenance["adapter"] is None:
+    if organism.is_base:
         raise ValueError("inside as_base() the adapter writes nothing; ask for contributions outside the block")
     residual = not models.has_post_norms(organism.model)
     if direction is not None:

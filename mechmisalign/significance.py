@@ -48,7 +48,7 @@ def token_significance(organism: Organism, conversations: Conversations, *, toke
     Raises:
         ValueError: Inside ``as_base()``, where both models are one.
     """
-    if organism.provenance["adapter"] is None:
+    if organism.is_base:
         raise ValueError("inside as_base() organism and chat model are one; ask for significance outside the block")
     table = conversations.tokens()[[]].assign(kl=0.0, gradient=0.0, significance=0.0)
     batches = conversations.batches("response", token_budget=token_budget)

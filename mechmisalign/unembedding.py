@@ -101,16 +101,15 @@ def logit_attribution(
 
     Raises:
         ValueError: On a text that is not one token, inside ``as_base()``, if no site writes to the residual stream, or
-        if
-            norms other than a plain final RMS norm stand before the unembedding.
+            if norms other than a plain final RMS norm stand before the unembedding.
     """
-    if organism.provenance["adapter"] is None:
+    if organism.is_base:
         raise ValueError("inside as_base() the adapter writes nothing; attribute logits outside the block")
     sites = [site for site in organism.adapter.sites if site.writes_to_residual]
     if not sites or models.has_post_norms(organism.model):
         raise ValueError("no site of this adapter writes to the residual stream as it is: nothing to attribute")
     weight, epsilon = models.final_rms_norm(organism.model)
-    contrast = _contrast(organism, positive, negative)
+    contrast = tuple(_token_ids(organism.tokenizer, tokens) for tokens in (positive, negative))
     last = models.n_layers(organism.model) - 1
 
     def scale(resid: Tensor) -> Tensor:
@@ -126,7 +125,7 @@ def logit_attribution(
 
 
 def _gains(
-    model: Any, vectors: Float[Tensor, "coordinate d_model"], contrast: tuple[list[int], list[int]]
+    model: Any, vectors: Float[Tensor, "coordinate d_model"], contrast: Sequence[Sequence[int]]
 ) -> Float[Tensor, " coordinate"]:
     """Logit difference per unit of each vector: linear, so the unembedding's bias is taken off."""
     zero = torch.zeros_like(vectors[:1])
@@ -135,10 +134,6 @@ def _gains(
     )
     difference = up - down
     return difference[:-1] - difference[-1]
-
-
-def _contrast(organism: Organism, positive: Tokens, negative: Tokens) -> tuple[list[int], list[int]]:
-    return _token_ids(organism.tokenizer, positive), _token_ids(organism.tokenizer, negative)
 
 
 def _token_ids(tokenizer: Any, tokens: Tokens) -> list[int]:

@@ -17,12 +17,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mechmisalign.adapters import RESIDUAL_WRITERS, Adapter, LoraSite
+from mechmisalign.adapters import RESIDUAL_WRITERS, Adapter, LoraSite, SiteKey
 from mechmisalign.directions import Direction
 
 from ._values import Positions, Strength, check_positions, per_row
-
-SiteKey = tuple[int, str]
 
 
 class _OnSites:

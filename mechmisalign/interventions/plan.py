@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -145,6 +146,7 @@ def applied(
             ``positions="prompt"`` and ``"response"`` only.
     """
 
+    @functools.cache  # one plan for all hooks of a pass: a plan asks every intervention for its sites
     def for_batch(rows: int) -> RowPlan:
         start = None if response_start is None else torch.as_tensor(response_start).expand(rows)
         return RowPlan([interventions], torch.zeros(rows, dtype=torch.long), start, organism.adapter)
@@ -166,7 +168,7 @@ def check_fits(interventions: Condition, organism: Organism) -> None:
     shape = models.d_model(organism.model), models.n_layers(organism.model)
     for one in interventions:
         if isinstance(one, SiteIntervention):
-            if provenance["adapter"] is None:
+            if organism.is_base:
                 raise ValueError(
                     f"{type(one).__name__} edits the adapter, which is out inside as_base(); use it outside the block"
                 )

@@ -36,8 +36,7 @@ def investigate(run: Run, judged: pd.DataFrame, direction: Direction, layer: int
         layer: Where steering with it worked best: there it is read out and steered with.
     """
     answered = steps.pool(judged, run.plan.settings.seed)
-    spoken = answered[answered["response"].str.strip() != ""]
-    conversations = Conversations(spoken, run.organism.tokenizer, system=run.plan.settings.system)
+    conversations = steps.spoken(run.organism, answered, run.plan.settings.system)
     compute = {
         "sites": lambda: decomposition.anatomy(run.organism.adapter),
         "contributions": lambda: contributed(run, conversations, direction),

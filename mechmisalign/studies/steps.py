@@ -67,14 +67,18 @@ def pool(judged: pd.DataFrame, seed: int) -> pd.DataFrame:
 
 def read(organism: Organism, answered: pd.DataFrame, system: str | None) -> Readings:
     """Activations of the organism and of its chat model over the same answers, grouped by class, prompt and sample."""
-    spoken = answered[answered["response"].str.strip() != ""]
-    conversations = Conversations(spoken, organism.tokenizer, system=system)
+    conversations = spoken(organism, answered, system)
     by = ["label", "prompt_id", "sample"]
     here = collect(organism, conversations, by=by)
     opening = collect(organism, conversations, by=by, first=3)
     with organism.as_base():
         base = collect(organism, conversations, by=by)
     return Readings(here, base, opening)
+
+
+def spoken(organism: Organism, answered: pd.DataFrame, system: str | None) -> Conversations:
+    """The answers that say anything, as conversations."""
+    return Conversations(answered[answered["response"].str.strip() != ""], organism.tokenizer, system=system)
 
 
 ESTIMATORS: Mapping[str, Callable[[Readings], Direction]] = {
