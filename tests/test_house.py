@@ -12,8 +12,8 @@ PACKAGE = Path(__file__).parent.parent / "mechmisalign"
 FLOORS = {
     1: {"_adapter_files", "_artifacts", "adapters", "decomposition", "directions", "estimators", "geometry", "moments", "probes", "registry", "statistics"},
     2: {
-        "_bases", "_hooked", "_matrices", "_merging", "_rendering", "activations", "conversations", "decoding", "effects", "generation", "interventions", "judging",
-        "models", "organisms", "pocket", "progress", "propagation", "scalars", "significance", "store", "unembedding", "verification",
+        "_bases", "_hooked", "_matrices", "_merging", "_rendering", "activations", "capability", "conversations", "decoding", "effects", "generation", "interventions", "judging",
+        "models", "organisms", "pocket", "progress", "prompts", "propagation", "scalars", "significance", "store", "sweeps", "unembedding", "verification",
     },
     3: {"cli", "plots", "report", "studies"},
 }  # fmt: skip
