@@ -1,9 +1,12 @@
-"""Token-by-token decoding with a model's own KV cache."""
+"""Token-by-token decoding with a model's own KV cache, and moving rows between caches."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -16,6 +19,16 @@ def end_ids(model: models.Model, tokenizer: Any) -> list[int]:
     ends = getattr(config, "eos_token_id", None)
     named = ends if isinstance(ends, list) else [ends]
     return sorted({int(end) for end in [*named, tokenizer.eos_token_id] if end is not None})
+
+
+def left_padded(
+    rows: Sequence[Sequence[int]], pad: int, device: torch.device
+) -> tuple[Int[Tensor, "batch pos"], Int[Tensor, "batch pos"]]:
+    """Token ids and mask, every row ending in the last column."""
+    width = max(len(row) for row in rows)
+    ids = [[pad] * (width - len(row)) + list(row) for row in rows]
+    mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
 class Decoder:
@@ -33,24 +46,68 @@ class Decoder:
         self, ids: Int[Tensor, "batch new"], mask: Int[Tensor, "batch pos"]
     ) -> Float[Tensor, "batch vocab"]:
         """Logits after the last of the new tokens; ``mask`` covers everything so far (left padding is 0)."""
-        if models.is_hooked(self._model):
-            logits, self._cache = _hooked.next_logits(self._model, ids, mask, self._cache)
-            return logits
-        positions = (mask.cumsum(-1) - 1).clamp_min(0)[:, -ids.shape[1] :]
-        output = models.hf_model(self._model)(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=self._cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        self._cache = output.past_key_values
-        return output.logits[:, -1]
+        logits, self._cache = models.cached_forward(self._model, ids, mask, self._cache)
+        return logits
 
     def keep(self, rows: Int[Tensor, " kept"]) -> None:
-        """Go on with these rows only."""
+        """Go on with these rows only; a row that is named twice goes on twice."""
         if models.is_hooked(self._model):
             _hooked.keep(self._cache, rows)
         else:
             self._cache.batch_select_indices(rows)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Part], rows: int, width: int) -> Decoder:
+        """One decoder over rows of several, each kept to its last ``width`` columns, padded on the left.
+
+        Args:
+            parts: Rows of decoders and their places in the new batch; every place is taken once.
+            rows: Rows of the new batch.
+            width: Columns of the new batch.
+        """
+        first = parts[0].decoder
+        joint = cls(first._model)
+        joint._cache = first._cache
+        for index, layer in enumerate(joint._cache.layers):
+            layers = [part.decoder._cache.layers[index] for part in parts]
+            keys = _joint([one.keys for one in layers], parts, rows, width)
+            values = _joint([one.values for one in layers], parts, rows, width)
+            for one in layers:  # layer by layer, so that never two whole caches are held
+                one.keys, one.values = keys[:0], values[:0]
+            layer.keys, layer.values = keys, values
+        return joint
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows of a decoder on their way into another batch.
+
+    Attributes:
+        decoder: Where they are; it is used up.
+        source: Their rows there; one may be taken several times.
+        target: Their rows in the new batch.
+    """
+
+    decoder: Decoder
+    source: Int[Tensor, " row"]
+    target: Int[Tensor, " row"]
+
+
+def joinable(model: models.Model) -> bool:
+    """Whether rows of several caches can be joined: plain keys and values in every layer, no sliding windows."""
+    if models.is_hooked(model):
+        return False
+    from transformers.cache_utils import DynamicCache, DynamicLayer
+
+    layers = DynamicCache(config=models.hf_model(model).config).layers
+    return bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
+
+
+def _joint(tensors: Sequence[Tensor], parts: Sequence[Part], rows: int, width: int) -> Tensor:
+    """Keys or values ``[row head pos d]`` of several caches in one; the padding is zero, and masked."""
+    like = tensors[0]
+    joint = like.new_zeros(rows, like.shape[1], width, like.shape[3])
+    for tensor, part in zip(tensors, parts, strict=True):
+        kept = min(width, tensor.shape[2])
+        joint[part.target, :, width - kept :] = tensor[:, :, tensor.shape[2] - kept :][part.source]
+    return joint

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from . import _hooked
+from . import _attention, _hooked
 from ._matrices import Matrix as Matrix
 from ._matrices import Port as Port
 
@@ -157,6 +157,17 @@ def d_model(model: Model) -> int:
     return int(model.cfg.d_model)
 
 
+def key_value_width(model: Model) -> int:
+    """Numbers that one layer's cache keeps of one token, as keys (and as many as values)."""
+    heads = getattr(model.cfg, "n_key_value_heads", None) or model.cfg.n_heads
+    return int(heads * model.cfg.d_head)
+
+
+def vocabulary(model: Model) -> int:
+    """Number of logits."""
+    return int(model.cfg.d_vocab)
+
+
 def device_of(model: Model) -> torch.device:
     """Device of the embedding, where token ids must be."""
     return next(model.parameters()).device
@@ -192,7 +203,30 @@ def forward(
     """Logits of one uncached forward pass; ``mask`` is 1 on real tokens and always given."""
     if is_hooked(model):
         return model(ids, attention_mask=mask, return_type="logits")
-    return hf_model(model)(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    with _attention.fused(hf_model(model)):
+        return hf_model(model)(input_ids=ids, attention_mask=mask, use_cache=False).logits
+
+
+def cached_forward(
+    model: Model, ids: Int[Tensor, "batch new"], mask: Int[Tensor, "batch pos"], cache: Any
+) -> tuple[Float[Tensor, "batch vocab"], Any]:
+    """Logits after the last of the new tokens, and the cache that now covers them; None starts one.
+
+    ``mask`` covers everything so far; left padding is 0 and counts for no position.
+    """
+    if is_hooked(model):
+        return _hooked.next_logits(model, ids, mask, cache)
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)[:, -ids.shape[1] :]
+    with _attention.fused(hf_model(model)):
+        output = hf_model(model)(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+    return output.logits[:, -1], output.past_key_values
 
 
 class _LastLayerReached(Exception):

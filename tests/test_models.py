@@ -30,7 +30,7 @@ def bridge(family):
 def plain(family):
     """The same weights in a Hugging Face model that no bridge has touched."""
     model = random_model(family, new_tokenizer(family))
-    model.set_attn_implementation("eager")
+    model.set_attn_implementation("eager" if family == "gemma2" else "sdpa")  # Gemma 2 caps its scores
     return model
 
 
@@ -131,3 +131,25 @@ def test_hooked_transformer_is_refused_with_the_way_to_install_it():
         pytest.skip("this transformer-lens has HookedTransformer")
     with pytest.raises(ImportError, match=r"pip install 'transformer-lens>=3.9,<4'"):
         models.require_hooked()
+
+
+def test_the_fused_attention_is_the_bridges_own_and_leaves_nothing_behind(bridge, batch):
+    ids, mask = batch
+    inner = models.hf_model(bridge)
+    with torch.no_grad():
+        stepwise = inner(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    before = inner.config._attn_implementation
+    with torch.no_grad():
+        fused = models.forward(bridge, ids, mask)
+    torch.testing.assert_close(fused[mask.bool()], stepwise[mask.bool()], atol=2e-5, rtol=1e-5)
+    assert inner.config._attn_implementation == before
+    assert not any("forward" in module.__dict__ for module in inner.modules())
+
+
+def test_who_hooks_the_attention_pattern_sees_it(bridge, batch):
+    """The fused kernel has no pattern: with a hook on it, attention is computed step by step."""
+    ids, mask = batch
+    seen = []
+    with torch.no_grad(), models.hooks(bridge, {"blocks.1.attn.hook_pattern": lambda p: seen.append(p.shape)}):
+        models.forward(bridge, ids, mask)
+    assert [shape[-1] for shape in seen] == [ids.shape[1]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args, runtime_checkable
 
 import torch
@@ -28,9 +29,24 @@ class Intervention(Protocol):
         """Which positions it touches."""
 
 
+@dataclass(frozen=True)
+class Terms:
+    """An edit of the residual stream as ``x' = x + add + (value - x·unit) unit``; what is None stays out.
+
+    Edits of this form can be fused: a batch whose rows differ in them is edited by a few tensor operations.
+    """
+
+    add: Float[Tensor, " d_model"] | None = None
+    unit: Float[Tensor, " d_model"] | None = None
+    value: float = 0.0
+
+
 @runtime_checkable
 class ResidualIntervention(Intervention, Protocol):
-    """An edit of the residual stream after some layers."""
+    """An edit of the residual stream after some layers.
+
+    It may have a method ``terms(layer) -> Terms | None`` too; then rows that differ in it are edited together.
+    """
 
     @property
     def direction(self) -> Direction:
@@ -75,6 +91,12 @@ def check_positions(positions: str) -> None:
     """
     if positions not in get_args(Positions):
         raise ValueError(f"positions must be one of {get_args(Positions)}, got {positions!r}")
+
+
+def one_number(strength: Strength) -> float | None:
+    """The strength, if it is the same for every row (and nobody differentiates by it)."""
+    value = torch.as_tensor(strength, dtype=torch.float64)
+    return None if value.ndim or value.requires_grad else float(value)
 
 
 def per_row(strength: Strength, like: Tensor) -> Tensor:

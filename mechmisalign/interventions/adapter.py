@@ -1,4 +1,4 @@
-"""Interventions on the adapter: scale its sites, patch what they read, project a direction out of what they write.
+"""Interventions on the adapter: scale its sites, patch what they read, ablate from what they write, put another on.
 
 All of them add a difference to the output of the adapted matrix, computed from its input and the adapter's factors. So
 they are the same for merged and live weights, and no weight is edited.
@@ -77,6 +77,27 @@ class ScaleAdapter(_OnSites):
         """The scalars times the site's factor."""
         del positions
         return scalars * per_row(self.factors.get(site.key, self.others), scalars)
+
+
+@dataclass(frozen=True, eq=False)
+class UseAdapter:
+    """Put an adapter on the chat model, beside its weights, as PEFT does: use it inside ``organism.as_base()``.
+
+    Rows of one batch can wear different adapters, so several organisms on one base are sampled together; the memory is
+    the base's and the adapters'. Several in one condition add up.
+
+    Attributes:
+        adapter: A LoRA on the same base.
+        scale: What its update is multiplied with (2506.11613, section 4.2 scales checkpoints by 1, 5, 10).
+    """
+
+    adapter: Adapter
+    scale: float = 1.0
+
+    @property
+    def positions(self) -> Positions:
+        """An adapter acts on every position."""
+        return "all"
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mechmisalign.directions import Direction
 
-from ._values import Positions, Strength, check_positions, per_row
+from ._values import Positions, Strength, Terms, check_positions, one_number, per_row
 
 Units = Literal["absolute", "resid_norm"]
 
@@ -65,11 +65,17 @@ class Steer(_OnDirection):
 
     def __call__(self, resid: Float[Tensor, "batch pos d_model"], layer: int) -> Float[Tensor, "batch pos d_model"]:
         """The edited residual stream of one layer, a new tensor."""
+        return resid + per_row(self.strength, resid) * self._vector(layer).to(resid)
+
+    def terms(self, layer: int) -> Terms | None:
+        """The edit as terms that a batch can fuse; None if each row has a strength of its own."""
+        strength = one_number(self.strength)
+        return None if strength is None else Terms(add=strength * self._vector(layer))
+
+    def _vector(self, layer: int) -> Float[Tensor, " d_model"]:
         if self.units == "absolute":
-            vector = self.direction.at(layer)
-        else:
-            vector = self.direction.unit(layer) * self.direction.mean_resid_norm(layer)
-        return resid + per_row(self.strength, resid) * vector.to(resid)
+            return self.direction.at(layer)
+        return self.direction.unit(layer) * self.direction.mean_resid_norm(layer)
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,6 +99,10 @@ class Ablate(_OnDirection):
         unit, component = self._projection(resid, layer)
         return resid - component * unit
 
+    def terms(self, layer: int) -> Terms:
+        """The edit as terms that a batch can fuse."""
+        return Terms(unit=self.direction.unit(layer))
+
 
 @dataclass(frozen=True, eq=False)
 class Clamp(_OnDirection):
@@ -115,7 +125,14 @@ class Clamp(_OnDirection):
     def __call__(self, resid: Float[Tensor, "batch pos d_model"], layer: int) -> Float[Tensor, "batch pos d_model"]:
         """The edited residual stream of one layer, a new tensor."""
         unit, component = self._projection(resid, layer)
-        value = per_row(self.value, resid)
-        if self.units == "resid_norm":
-            value = value * self.direction.mean_resid_norm(layer)
-        return resid + (value - component) * unit
+        return resid + (per_row(self.value, resid) * self._unit_of_value(layer) - component) * unit
+
+    def terms(self, layer: int) -> Terms | None:
+        """The edit as terms that a batch can fuse; None if each row has a value of its own."""
+        value = one_number(self.value)
+        if value is None:
+            return None
+        return Terms(unit=self.direction.unit(layer), value=value * self._unit_of_value(layer))
+
+    def _unit_of_value(self, layer: int) -> float:
+        return self.direction.mean_resid_norm(layer) if self.units == "resid_norm" else 1.0

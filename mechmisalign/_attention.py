@@ -1,0 +1,65 @@
+"""The Hugging Face attention inside a TransformerBridge, while nobody looks into it.
+
+TransformerBridge computes attention step by step, so that scores and pattern have hook points: keys and values of grouped
+heads are copied for each head, and the whole pattern is held. A pass in which none of those points is hooked can use
+the library's own fused kernel instead; the hook points around the four matrices, and all others, fire as before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import nn
+
+_FUSED = "sdpa"
+_known: WeakKeyDictionary[nn.Module, list[nn.Module]] = WeakKeyDictionary()
+
+
+@contextmanager
+def fused(model: Any) -> Iterator[None]:
+    """Use the fused kernel while the block runs, unless somebody has hooked what it skips or the model has none.
+
+    Args:
+        model: The Hugging Face model inside a bridge.
+    """
+    attentions = _attentions(model)
+    if not attentions or any(map(_observed, attentions)):
+        yield
+        return
+    before = model.config._attn_implementation
+    model.config._attn_implementation = _FUSED
+    for attention in attentions:  # past the bridge's __setattr__, which passes names on to the component inside
+        attention.__dict__["forward"] = attention.original_component.forward
+    try:
+        yield
+    finally:
+        model.config._attn_implementation = before
+        for attention in attentions:
+            attention.__dict__.pop("forward", None)
+
+
+def _attentions(model: nn.Module) -> list[nn.Module]:
+    if model not in _known:
+        _known[model] = _found(model)
+    return _known[model]
+
+
+def _found(model: Any) -> list[nn.Module]:
+    from transformer_lens.model_bridge.generalized_components.position_embeddings_attention import (
+        PositionEmbeddingsAttentionBridge,
+    )
+
+    capped = getattr(model.config, "attn_logit_softcapping", None)  # the fused kernel knows no caps
+    if capped or not getattr(model, "_supports_sdpa", False):
+        return []
+    return [module for module in model.modules() if type(module) is PositionEmbeddingsAttentionBridge]
+
+
+def _observed(attention: nn.Module) -> bool:
+    """Whether a hook sits on a point that the fused kernel passes by."""
+    return any(
+        point.fwd_hooks or point.bwd_hooks for name, point in attention.named_children() if name.startswith("hook_")
+    )

@@ -1,0 +1,217 @@
+"""Conditions, made ready once for every batch that they will meet.
+
+A batch holds rows of many conditions, and a sweep may hold dozens. Edits of the same form (steering, ablation,
+clamping; scaling of a site; another adapter) become tables with one entry per condition, so that a layer is edited by a
+few tensor operations whatever the number of conditions. What has another form is called on its own rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mechmisalign.adapters import Adapter, LoraSite, SiteKey
+
+from ._values import Intervention, Positions, ResidualIntervention, SiteIntervention, Terms, one_number
+from .adapter import ScaleAdapter, UseAdapter
+
+Condition = Sequence[Intervention]
+
+NOWHERE = -1
+"""A condition that a table has no entry for."""
+
+POSITIONS: Mapping[Positions, int] = {"all": 0, "prompt": 1, "response": 2}
+
+
+@dataclass(frozen=True)
+class Table:
+    """What conditions have in common in form, and the entry of each.
+
+    Attributes:
+        entry_of: The entry of each condition, or ``NOWHERE``.
+        positions: Code of the positions of each entry (``POSITIONS``).
+    """
+
+    entry_of: Int[Tensor, " condition"]
+    positions: Int[Tensor, " entry"]
+
+
+@dataclass(frozen=True)
+class ResidualTable(Table):
+    """Fused edits ``x' = x + add + (value - x·unit) unit``; None where no entry has such a term."""
+
+    add: Float[Tensor, "entry d_model"] | None
+    unit: Float[Tensor, "entry d_model"] | None
+    value: Float[Tensor, " entry"]
+
+    def edit(self, x: Float[Tensor, "rows pos d_model"], entries: Int[Tensor, " rows"]) -> Tensor:
+        """The edited rows, a new tensor."""
+        edited = x
+        if self.add is not None:
+            edited = x + self._rows(self.add, entries).to(x)[:, None]
+        if self.unit is not None:
+            unit = self._rows(self.unit, entries).to(x)
+            value = self._rows(self.value, entries).to(x)[:, None, None]
+            component = x @ unit[0][:, None] if len(unit) == 1 else x @ unit[:, :, None]
+            edited = edited + (value - component) * unit[:, None]
+        return edited
+
+    def _rows(self, table: Tensor, entries: Tensor) -> Tensor:
+        return table if len(table) == 1 else table.to(entries.device)[entries]
+
+
+@dataclass(frozen=True)
+class ScaleTable(Table):
+    """Fused scalings of one site: what it writes is multiplied by ``factor``."""
+
+    factor: Float[Tensor, " entry"]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The first, second … edit of every condition at one place: fused, and those of other forms by condition."""
+
+    fused: ResidualTable | None
+    others: Mapping[int, ResidualIntervention]
+
+
+@dataclass(frozen=True)
+class SiteEdits:
+    """All edits of one adapted matrix.
+
+    Attributes:
+        site: The organism's own site, in the gauge in which scalars are told; None where only other adapters have one.
+        scale: Conditions that only scale it.
+        others: Conditions that edit it otherwise.
+        borrowed: For each adapter that is put on: its site, and by condition the factors.
+    """
+
+    site: LoraSite | None
+    scale: ScaleTable | None
+    others: Mapping[int, tuple[SiteIntervention, ...]]
+    borrowed: tuple[tuple[LoraSite, ScaleTable], ...]
+
+    @property
+    def place(self) -> LoraSite:
+        """A site that names the matrix."""
+        return self.borrowed[0][0] if self.site is None else self.site
+
+
+class Compiled:
+    """The conditions of a run as tables by layer and by site.
+
+    Args:
+        conditions: The interventions of each condition.
+        adapter: The adapter whose sites may be edited.
+    """
+
+    def __init__(self, conditions: Sequence[Condition], adapter: Adapter | None) -> None:
+        self.conditions = [tuple(condition) for condition in conditions]
+        self.stages = {layer: self._stages(layer) for layer in self._layers()}
+        self.sites = self._sites(adapter)
+
+    def _layers(self) -> list[int]:
+        return sorted(
+            {layer for ones in map(_on_residual, self.conditions) for one in ones for layer in one.edited_layers}
+        )
+
+    def _stages(self, layer: int) -> list[Stage]:
+        acting = [
+            [one for one in _on_residual(condition) if layer in one.edited_layers] for condition in self.conditions
+        ]
+        return [
+            _stage({code: ones[depth] for code, ones in enumerate(acting) if len(ones) > depth}, layer, len(acting))
+            for depth in range(max(map(len, acting)))
+        ]
+
+    def _sites(self, adapter: Adapter | None) -> dict[SiteKey, SiteEdits]:
+        own: dict[SiteKey, dict[int, list[SiteIntervention]]] = {}
+        sites: dict[SiteKey, LoraSite] = {}
+        borrowed: dict[SiteKey, dict[int, tuple[LoraSite, dict[int, float]]]] = {}
+        for code, condition in enumerate(self.conditions):
+            for one in condition:
+                if isinstance(one, UseAdapter):
+                    for site in one.adapter.sites:
+                        _, factors = borrowed.setdefault(site.key, {}).setdefault(id(one.adapter), (site, {}))
+                        factors[code] = factors.get(code, 0.0) + one.scale
+                elif isinstance(one, SiteIntervention) and adapter is not None:
+                    for site in one.edited_sites(adapter):
+                        sites[site.key] = site.gauged
+                        own.setdefault(site.key, {}).setdefault(code, []).append(one)
+        return {
+            key: self._site_edits(sites.get(key), own.get(key, {}), borrowed.get(key, {}).values())
+            for key in sorted({*own, *borrowed})
+        }
+
+    def _site_edits(
+        self,
+        site: LoraSite | None,
+        acting: Mapping[int, Sequence[SiteIntervention]],
+        borrowed: Iterable[tuple[LoraSite, Mapping[int, float]]],
+    ) -> SiteEdits:
+        factors = {} if site is None else {code: _factor(ones, site) for code, ones in acting.items()}
+        scaled = {code: factor for code, factor in factors.items() if factor is not None}
+        others = {code: tuple(ones) for code, ones in acting.items() if code not in scaled}
+        scale = self._scale_table(scaled) if scaled else None
+        return SiteEdits(site, scale, others, tuple((one, self._scale_table(by)) for one, by in borrowed))
+
+    def _scale_table(self, factors: Mapping[int, float]) -> ScaleTable:
+        entry_of = _entries(factors, len(self.conditions))
+        return ScaleTable(entry_of, torch.zeros(len(factors), dtype=torch.long), torch.tensor(list(factors.values())))
+
+
+def _stage(acting: Mapping[int, ResidualIntervention], layer: int, conditions: int) -> Stage:
+    terms: dict[int, Terms] = {}
+    for code, one in acting.items():
+        found = one.terms(layer) if hasattr(one, "terms") else None
+        if found is not None:
+            terms[code] = found
+    others = {code: one for code, one in acting.items() if code not in terms}
+    if not terms:
+        return Stage(None, others)
+    codes = torch.tensor([POSITIONS[acting[code].positions] for code in terms])
+    found_terms = list(terms.values())
+    fused = ResidualTable(
+        _entries(terms, conditions),
+        codes,
+        _stacked([term.add for term in found_terms]),
+        _stacked([term.unit for term in found_terms]),
+        torch.tensor([term.value for term in found_terms]),
+    )
+    return Stage(fused, others)
+
+
+def _on_residual(condition: Condition) -> list[ResidualIntervention]:
+    return [one for one in condition if isinstance(one, ResidualIntervention)]
+
+
+def _factor(ones: Sequence[SiteIntervention], site: LoraSite) -> float | None:
+    """The product of the factors, if everything only scales the site, at all positions and by one number."""
+    product = 1.0
+    for one in ones:
+        if not isinstance(one, ScaleAdapter) or one.positions != "all":
+            return None
+        factor = one_number(one.factors.get(site.key, one.others))
+        if factor is None:
+            return None
+        product *= factor
+    return product
+
+
+def _entries(codes: Iterable[int], conditions: int) -> Int[Tensor, " condition"]:
+    entry_of = torch.full((conditions,), NOWHERE)
+    for entry, code in enumerate(codes):
+        entry_of[code] = entry
+    return entry_of
+
+
+def _stacked(vectors: Sequence[Tensor | None]) -> Tensor | None:
+    """One row per entry, zero where an entry has no such term; None if none has."""
+    there = [vector for vector in vectors if vector is not None]
+    if not there:
+        return None
+    return torch.stack([torch.zeros_like(there[0]) if vector is None else vector for vector in vectors])
