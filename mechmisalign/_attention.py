@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 _FUSED = "sdpa"
-_known: WeakKeyDictionary[nn.Module, list[nn.Module]] = WeakKeyDictionary()
+_known: WeakKeyDictionary[nn.Module, list[Any]] = WeakKeyDictionary()
 
 
 @contextmanager
@@ -41,13 +41,13 @@ def fused(model: Any) -> Iterator[None]:
             attention.__dict__.pop("forward", None)
 
 
-def _attentions(model: nn.Module) -> list[nn.Module]:
+def _attentions(model: nn.Module) -> list[Any]:
     if model not in _known:
         _known[model] = _found(model)
     return _known[model]
 
 
-def _found(model: Any) -> list[nn.Module]:
+def _found(model: Any) -> list[Any]:
     from transformer_lens.model_bridge.generalized_components.position_embeddings_attention import (
         PositionEmbeddingsAttentionBridge,
     )
@@ -58,7 +58,7 @@ def _found(model: Any) -> list[nn.Module]:
     return [module for module in model.modules() if type(module) is PositionEmbeddingsAttentionBridge]
 
 
-def _observed(attention: nn.Module) -> bool:
+def _observed(attention: Any) -> bool:
     """Whether a hook sits on a point that the fused kernel passes by."""
     return any(
         point.fwd_hooks or point.bwd_hooks for name, point in attention.named_children() if name.startswith("hook_")

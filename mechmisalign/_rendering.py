@@ -1,51 +1,148 @@
-"""Rendering turns with a tokenizer's chat template, and finding each turn's content in the text again."""
+"""Turns of a chat: read from a frame, rendered with a tokenizer's chat template, and found in the text again."""
 
 from __future__ import annotations
 
+import json
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-_SENTINELS = {"system": "\ue000system\ue000", "user": "\ue000user\ue000", "assistant": "\ue000assistant\ue000"}
+import numpy as np
+import pandas as pd
+
+Turn = dict[str, str]
+"""One chat turn: ``role`` (``"system"``, ``"user"`` or ``"assistant"``) and ``content``."""
+
+_HISTORY = (
+    'A history is a list of {"role": "user" or "assistant", "content": text}, or JSON text of one; '
+    "roles alternate, and the last one is the assistant's, because the prompt follows"
+)
 
 
 class TemplateError(ValueError):
     """The chat template cannot render these turns, or renders them so that they cannot be found again."""
 
 
-def messages(turn: dict[str, Any]) -> list[dict[str, str]]:
-    return [{"role": role, "content": text} for role, text in turn.items() if isinstance(text, str)]
+def frame_turns(frame: pd.DataFrame, system: str | None) -> Iterator[list[Turn]]:
+    """The turns of each row: a system turn if there is one, the history, the prompt, and the response if it has one.
+
+    Args:
+        frame: Columns ``prompt``, optionally ``response``, ``system``, ``history``.
+        system: For rows whose ``system`` is missing.
+
+    Raises:
+        ValueError: If a cell is not what its column holds; it names the row.
+    """
+    closing = [(role, column) for role, column in (("user", "prompt"), ("assistant", "response")) if column in frame]
+    systems = frame["system"] if "system" in frame else [None] * len(frame)
+    histories = frame["history"] if "history" in frame else [None] * len(frame)
+    said = zip(*(frame[column] for _, column in closing), strict=True)
+    for row, (own_system, past, texts) in enumerate(zip(systems, histories, said, strict=True)):
+        told = system if is_missing(own_system) else _text(own_system, f"row {row}: the system prompt")
+        turns = [] if told is None else [{"role": "system", "content": told}]
+        turns += read_history(past, f"row {row}: ")
+        for (role, column), text in zip(closing, texts, strict=True):
+            turns.append({"role": role, "content": _text(text, f"row {row}: the {column}")})
+        yield turns
 
 
-def _apply(tokenizer: Any, turn: dict[str, Any]) -> str:
+def read_history(history: Any, where: str = "") -> list[Turn]:
+    """The turns before a prompt; a missing value is none.
+
+    Args:
+        history: A list of turns, its JSON text (as CSV carries it), None or NaN.
+        where: How an error begins, such as ``"row 3: "``.
+
+    Raises:
+        ValueError: If it is no list of turns, or the roles do not alternate up to an assistant's.
+    """
+    if is_missing(history):
+        return []
+    turns = history
+    if isinstance(history, str):
+        try:
+            turns = json.loads(history)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{where}the history {history[:60]!r} is no JSON ({error}). {_HISTORY}") from error
+    if not isinstance(turns, (list, tuple, np.ndarray)):
+        raise ValueError(f"{where}the history is {_short(history)}. {_HISTORY}")
+    for number, turn in enumerate(turns):
+        role = ("assistant", "user")[(len(turns) - 1 - number) % 2]
+        if not _is_turn(turn, role):
+            raise ValueError(f"{where}turn {number} of the history is {_short(turn)}; one of {role!r} fits. {_HISTORY}")
+    return [dict(turn) for turn in turns]
+
+
+def prompt_key(prompt: str, system: Any = None, history: Any = None) -> str:
+    """What is asked, as one text: a stable key for samples and caches.
+
+    Args:
+        prompt: The last user turn.
+        system: System prompt; None or NaN leaves it to the chat template.
+        history: Turns before the prompt, in any form that a frame may hold.
+
+    Returns:
+        The prompt itself where there is neither system prompt nor history; otherwise canonical JSON of the three.
+    """
+    turns = read_history(history)
+    told = None if is_missing(system) else system
+    if told is None and not turns:
+        return prompt
+    parts = {"history": turns, "prompt": prompt, "system": told}
+    return json.dumps(parts, ensure_ascii=False, separators=(",", ":"), sort_keys=True)
+
+
+def apply_template(tokenizer: Any, turns: Sequence[Turn], *, reply: bool = False) -> str:
+    """The turns as the chat template writes them; with ``reply`` the assistant's header follows."""
     from jinja2 import TemplateError as JinjaError
 
     try:
-        return str(tokenizer.apply_chat_template(messages(turn), tokenize=False))
+        return str(tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=reply))
     except JinjaError as error:
-        raise TemplateError(
-            f"the chat template refused roles {[m['role'] for m in messages(turn)]}: {error}"
-        ) from error
+        raise TemplateError(f"the chat template refused roles {[turn['role'] for turn in turns]}: {error}") from error
 
 
-def render(tokenizer: Any, turn: dict[str, Any], pieces: dict[bool, list[str]]) -> tuple[str, dict[str, range]]:
-    """The rendered text and the character range of each turn's content in it."""
-    text = _apply(tokenizer, turn)
-    roles = [role for role, content in turn.items() if isinstance(content, str)]
-    has_system = "system" in roles
-    if has_system not in pieces:  # the fixed text around the contents, found once with contents nobody writes
-        pieces[has_system] = _fixed_pieces(_apply(tokenizer, {role: _SENTINELS[role] for role in roles}), roles)
+def render(
+    tokenizer: Any, turns: Sequence[Turn], pieces: dict[tuple[str, ...], list[str]]
+) -> tuple[str, dict[str, range]]:
+    """The rendered text, and where each turn's content stands in it.
+
+    Args:
+        tokenizer: With a chat template.
+        turns: They end with a prompt and its response.
+        pieces: The fixed text around the contents by roles, kept from call to call.
+
+    Returns:
+        Text, and character ranges: ``prompt`` and ``response`` (the last two turns), and the turns before them by
+        their number.
+    """
+    text = apply_template(tokenizer, turns)
+    roles = tuple(turn["role"] for turn in turns)
+    if roles not in pieces:  # found once, with contents that nobody writes
+        pieces[roles] = _fixed_pieces(tokenizer, roles)
+    fixed = pieces[roles]
+    names = [*map(str, range(len(turns) - 2)), "prompt", "response"]
     ranges, cursor = {}, 0
-    for role, before, after in zip(roles, pieces[has_system], pieces[has_system][1:], strict=False):
+    for name, turn, before, after in zip(names, turns, fixed, fixed[1:], strict=False):
         cursor += len(before)
-        content = _as_rendered(turn[role], text, cursor, after)
-        ranges[role] = range(cursor, cursor + len(content))
+        content = _as_rendered(turn["content"], text, cursor, after)
+        ranges[name] = range(cursor, cursor + len(content))
         cursor += len(content)
     return text, ranges
 
 
-def _fixed_pieces(text: str, roles: list[str]) -> list[str]:
+def is_missing(value: Any) -> bool:
+    """Whether a cell holds nothing: None, NaN or NA."""
+    return value is None or value is pd.NA or (isinstance(value, float) and math.isnan(value))
+
+
+def _fixed_pieces(tokenizer: Any, roles: tuple[str, ...]) -> list[str]:
+    sentinels = [f"\ue000{number} {role}\ue000" for number, role in enumerate(roles)]
+    turns = [{"role": role, "content": sentinel} for role, sentinel in zip(roles, sentinels, strict=True)]
+    text = apply_template(tokenizer, turns)
     pieces = []
-    for role in roles:
-        before, found, text = text.partition(_SENTINELS[role])
+    for role, sentinel in zip(roles, sentinels, strict=True):
+        before, found, text = text.partition(sentinel)
         if not found:
             raise TemplateError(f"the chat template drops or rewrites the {role} turn, so its span cannot be found")
         pieces.append(before)
@@ -60,3 +157,19 @@ def _as_rendered(content: str, text: str, start: int, after: str) -> str:
         f"the chat template rewrote a turn ({content[:60]!r} became {text[start : start + 60]!r}); "
         "only trimming is understood"
     )
+
+
+def _is_turn(turn: Any, role: str) -> bool:
+    known = isinstance(turn, dict) and set(turn) == {"role", "content"}
+    return known and turn["role"] == role and isinstance(turn["content"], str)
+
+
+def _text(value: Any, what: str) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{what} is {_short(value)}; text is expected")
+    return value
+
+
+def _short(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 80 else shown[:77] + "..."

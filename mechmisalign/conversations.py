@@ -15,33 +15,25 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import pandas as pd
-import torch
-from jaxtyping import Bool, Int
-from torch import Tensor
 
-from ._rendering import TemplateError, messages, render
+from ._batching import Batch, batches_by_length, pad_id
+from ._rendering import TemplateError, apply_template, frame_turns, prompt_key, render
+
+__all__ = [
+    "Batch",
+    "Conversations",
+    "Span",
+    "TemplateError",
+    "pad_id",
+    "prompt_key",
+    "refuse_double_bos",
+    "render_prompts",
+    "render_rows",
+    "require_chat_template",
+    "template_hash",
+]
 
 Span = Literal["template", "prompt", "response", "all"]
-
-
-class Batch(NamedTuple):
-    """Rows of similar length, right-padded.
-
-    Attributes:
-        rows: Positions of the rows in ``Conversations.frame``.
-        ids: Token ids, ``[batch pos]``.
-        mask: 1 on real tokens, ``[batch pos]``.
-        span: True on the tokens of the asked span, ``[batch pos]``.
-    """
-
-    rows: np.ndarray
-    ids: Int[Tensor, "batch pos"]
-    mask: Int[Tensor, "batch pos"]
-    span: Bool[Tensor, "batch pos"]
-
-    def part(self, rows: slice) -> Batch:
-        """Some of the rows."""
-        return Batch(self.rows[rows], self.ids[rows], self.mask[rows], self.span[rows])
 
 
 class _Encoded(NamedTuple):
@@ -54,10 +46,11 @@ class Conversations:
     """Prompts and responses, rendered and tokenised once.
 
     Attributes:
-        frame: Columns ``prompt``, ``response``, optionally ``system``, and any labels.
+        frame: Columns ``prompt`` (the last user turn), ``response``, optionally ``system`` and ``history`` (the turns
+            before the prompt, as in :func:`render_rows`), and any labels.
         tokenizer: A fast Hugging Face tokenizer with a chat template.
-        system: System prompt of every row, if the frame has no ``system`` column. None leaves it to the template, which
-            may add one of its own.
+        system: System prompt of every row whose ``system`` is missing. None leaves it to the template, which may add
+            one of its own.
         max_length: Longer conversations are cut on the right; one that would lose its whole response is an error.
     """
 
@@ -120,7 +113,7 @@ class Conversations:
                 index.append((row, position))
                 ids.append(encoded.ids[position])
         text = {token: self.tokenizer.decode([token]) for token in set(ids)}
-        labels = self.frame.drop(columns=["prompt", "response", "system"], errors="ignore")
+        labels = self.frame.drop(columns=["prompt", "response", "system", "history"], errors="ignore")
         rows = [row for row, _ in index]
         return pd.DataFrame(
             {"token_id": ids, "token": [text[token] for token in ids]}
@@ -131,9 +124,7 @@ class Conversations:
     def batches(
         self, span: Span = "response", *, token_budget: int = 2048, first: int | None = None
     ) -> Iterator[Batch]:
-        """Batches of neighbours in length, each at most ``token_budget`` tokens with its padding.
-
-        Sorting by length keeps the padding small; it is on the right, where causal attention does not see it.
+        """Batches of neighbours in length, each at most ``token_budget`` tokens with its padding on the right.
 
         Args:
             span: Which tokens ``Batch.span`` marks.
@@ -142,35 +133,14 @@ class Conversations:
         """
         if span not in get_args(Span):
             raise ValueError(f"span must be one of {get_args(Span)}, got {span!r}")
-        order = np.argsort([len(row.ids) for row in self._encoded], kind="stable")[::-1]
-        start = 0
-        while start < len(order):
-            longest = len(self._encoded[order[start]].ids)
-            rows = order[start : start + max(1, token_budget // longest)]
-            yield self._batch(rows, span, first)
-            start += len(rows)
-
-    def _batch(self, rows: np.ndarray, span: Span, first: int | None) -> Batch:
-        encoded = [self._encoded[row] for row in rows]
-        width = max(len(row.ids) for row in encoded)
-        ids = np.full((len(rows), width), pad_id(self.tokenizer), dtype=np.int64)
-        mask = np.zeros((len(rows), width), dtype=np.int64)
-        marked = np.zeros((len(rows), width), dtype=bool)
-        for i, row in enumerate(encoded):
-            ids[i, : len(row.ids)] = row.ids
-            mask[i, : len(row.ids)] = 1
-            marked[i, _positions(row, span)[:first]] = True
-        return Batch(rows, torch.from_numpy(ids), torch.from_numpy(mask), torch.from_numpy(marked))
+        ids = [row.ids for row in self._encoded]
+        marked = [_positions(row, span)[:first] for row in self._encoded]
+        yield from batches_by_length(ids, marked, pad_id(self.tokenizer), token_budget=token_budget)
 
     @cached_property
     def _encoded(self) -> list[_Encoded]:
-        systems = self.frame["system"] if "system" in self.frame.columns else [self.system] * len(self.frame)
-        turns = [
-            {"system": system, "user": prompt, "assistant": response}
-            for system, prompt, response in zip(systems, self.frame["prompt"], self.frame["response"], strict=True)
-        ]
-        pieces: dict[bool, list[str]] = {}
-        rendered = [render(self.tokenizer, turn, pieces) for turn in turns]
+        pieces: dict[tuple[str, ...], list[str]] = {}
+        rendered = [render(self.tokenizer, turns, pieces) for turns in frame_turns(self.frame, self.system)]
         tokens = self.tokenizer([text for text, _ in rendered], add_special_tokens=False, return_offsets_mapping=True)
         encoded = [
             _encode(ids, offsets, ranges, self.max_length)
@@ -184,26 +154,40 @@ class Conversations:
 
 def render_prompts(prompts: Sequence[str], tokenizer: Any, *, system: str | None = None) -> list[list[int]]:
     """Token ids of each prompt up to and with the assistant header: where a response begins."""
+    return render_rows(pd.DataFrame({"prompt": list(prompts)}, dtype=object), tokenizer, system=system)
+
+
+def render_rows(frame: pd.DataFrame, tokenizer: Any, *, system: str | None = None) -> list[list[int]]:
+    """Token ids of each row's turns up to and with the assistant header: where a response begins.
+
+    Args:
+        frame: ``prompt`` (the last user turn), and optionally ``system`` (text, or missing) and ``history``: the turns
+            before the prompt, ``[{"role": "user" or "assistant", "content": text}, …]``, ending with the assistant's;
+            its JSON text, as CSV carries it; or missing.
+        tokenizer: With a chat template.
+        system: System prompt of rows that have none of their own. None leaves it to the template, which may add one.
+
+    Raises:
+        TemplateError: If the template has no place for such turns (Gemma's has none for a system prompt).
+        ValueError: If the frame has no prompts, or a cell is not what its column holds; it names the row.
+    """
     require_chat_template(tokenizer)
-    texts = [
-        tokenizer.apply_chat_template(
-            messages({"system": system, "user": prompt}), tokenize=False, add_generation_prompt=True
-        )
-        for prompt in prompts
-    ]
-    ids: list[list[int]] = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    refuse_double_bos(ids[0], tokenizer)
-    return ids
+    if "prompt" not in frame.columns:
+        raise ValueError(f"prompts need a column 'prompt'; this frame has {list(frame.columns)}")
+    asked = frame.drop(columns="response", errors="ignore")
+    rows = [tuple((turn["role"], turn["content"]) for turn in turns) for turns in frame_turns(asked, system)]
+    once = {row: [{"role": role, "content": text} for role, text in row] for row in rows}  # many rows ask the same
+    if not once:
+        return []
+    texts = [apply_template(tokenizer, turns, reply=True) for turns in once.values()]
+    ids = dict(zip(once, tokenizer(texts, add_special_tokens=False)["input_ids"], strict=True))
+    refuse_double_bos(ids[rows[0]], tokenizer)
+    return [list(ids[row]) for row in rows]
 
 
 def template_hash(tokenizer: Any) -> str:
     """Short hash of the chat template, for headers."""
     return hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()[:16]
-
-
-def pad_id(tokenizer: Any) -> int:
-    """The padding id, or the end token's where there is none (padding is masked, so any id would do)."""
-    return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0)
 
 
 def require_chat_template(tokenizer: Any) -> None:
@@ -243,10 +227,7 @@ def _encode(
             return range(0)
         return range(int(inside[0]), min(int(inside[-1]) + 1, kept))
 
-    spans = {"prompt": tokens_of(ranges["user"]), "response": tokens_of(ranges["assistant"])}
-    if "system" in ranges:
-        spans["system"] = tokens_of(ranges["system"])
-    return _Encoded(ids[:kept], spans)
+    return _Encoded(ids[:kept], {name: tokens_of(characters) for name, characters in ranges.items()})
 
 
 def _positions(row: _Encoded, span: Span) -> list[int]:

@@ -65,16 +65,22 @@ class Decoder:
             rows: Rows of the new batch.
             width: Columns of the new batch.
         """
-        first = parts[0].decoder
-        joint = cls(first._model)
-        joint._cache = first._cache
-        for index, layer in enumerate(joint._cache.layers):
+        from transformers.cache_utils import DynamicCache
+
+        from ._cache import RoomyLayer
+
+        joint = cls(parts[0].decoder._model)
+        joint._cache = DynamicCache()
+        for index in range(models.n_layers(joint._model)):
             layers = [part.decoder._cache.layers[index] for part in parts]
-            keys = _joint([one.keys for one in layers], parts, rows, width)
-            values = _joint([one.values for one in layers], parts, rows, width)
-            for one in layers:  # layer by layer, so that never two whole caches are held
-                one.keys, one.values = keys[:0], values[:0]
-            layer.keys, layer.values = keys, values
+            keys, values = (RoomyLayer.with_room(layers[0].keys, rows, width) for _ in range(2))
+            for layer, part in zip(layers, parts, strict=True):
+                kept = min(width, layer.keys.shape[2])
+                place = part.target, slice(None), slice(width - kept, width)
+                keys[place] = layer.keys[:, :, layer.keys.shape[2] - kept :][part.source]
+                values[place] = layer.values[:, :, layer.values.shape[2] - kept :][part.source]
+                _release(layer)  # layer by layer, so that never two whole caches are held
+            joint._cache.layers.append(RoomyLayer(keys, values, width))
         return joint
 
 
@@ -103,11 +109,8 @@ def joinable(model: models.Model) -> bool:
     return bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
 
 
-def _joint(tensors: Sequence[Tensor], parts: Sequence[Part], rows: int, width: int) -> Tensor:
-    """Keys or values ``[row head pos d]`` of several caches in one; the padding is zero, and masked."""
-    like = tensors[0]
-    joint = like.new_zeros(rows, like.shape[1], width, like.shape[3])
-    for tensor, part in zip(tensors, parts, strict=True):
-        kept = min(width, tensor.shape[2])
-        joint[part.target, :, width - kept :] = tensor[:, :, tensor.shape[2] - kept :][part.source]
-    return joint
+def _release(layer: Any) -> None:
+    if hasattr(layer, "release"):
+        layer.release()
+    else:
+        layer.keys, layer.values = layer.keys[:0].clone(), layer.values[:0].clone()

@@ -75,10 +75,27 @@ class Organism:
             finally:
                 self._depth -= 1
 
+    def with_adapter(self, adapter: str | Path | Adapter) -> AbstractContextManager[Organism]:
+        """Another organism on the same base while the block runs: its adapter instead of this one's, nothing reloaded.
+
+        The adapter is kept beside the base's weights by hooks, so switching costs their registration, and memory is the
+        base's and the adapters'. What the block gets is an organism like any other (weights ``"live"``); after the
+        block it is gone. To sample several in one batch, see :class:`mechmisalign.UseAdapter`.
+
+        Raises:
+            ValueError: If the adapter belongs to another base.
+
+        Example:
+            >>> with organism.with_adapter("pocket/finance") as finance: ...  # doctest: +SKIP
+        """
+        from ._switching import switched
+
+        return switched(self, adapter if isinstance(adapter, Adapter) else Adapter.load(adapter))
+
     def apply(
         self, *interventions: Intervention, response_start: int | Sequence[int] | Tensor | None = None
     ) -> AbstractContextManager[None]:
-        """Interventions on the residual stream and on the adapter's sites while the block runs.
+        """Interventions on the residual stream and on the adapter while the block runs.
 
         Args:
             interventions: Steer, Ablate, Clamp, ScaleAdapter, PatchScalars …, acting in this order.

@@ -5,6 +5,7 @@ import torch
 
 import mechmisalign as mm
 from mechmisalign import decoding, generation, models
+from mechmisalign.conversations import render_prompts
 from mechmisalign.directions import Direction
 
 FAMILIES = ("qwen2", "llama", "gemma2")
@@ -31,7 +32,7 @@ def conditions(organism):
 
 def uncached(organism, prompt, interventions, noise, max_new_tokens) -> list[int]:
     """The plainest sampler there is: one row, the whole sequence again for every token."""
-    ids = generation.render_prompts([prompt], organism.tokenizer)[0]
+    ids = render_prompts([prompt], organism.tokenizer)[0]
     ends, start = decoding.end_ids(organism.model, organism.tokenizer), len(ids)
     written = []
     with torch.inference_mode(), organism.apply(*interventions, response_start=start):
@@ -80,7 +81,7 @@ def test_the_seed_decides(organism):
 
 def test_temperature_zero_is_greedy(organism):
     answers = mm.generate(organism, PROMPTS[:1], samples=2, max_new_tokens=6, temperature=0)
-    ids = torch.tensor(generation.render_prompts(PROMPTS[:1], organism.tokenizer))
+    ids = torch.tensor(render_prompts(PROMPTS[:1], organism.tokenizer))
     expected = models.hf_model(organism.model).generate(
         input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False
     )
@@ -95,17 +96,111 @@ def test_an_answer_that_ran_out_of_tokens_is_unfinished(organism):
     assert (~answers["finished"]).any()
 
 
-def test_out_of_memory_halves_the_batch(organism, monkeypatch):
+def test_out_of_memory_halves_the_batch_and_changes_no_answer(organism, monkeypatch):
     whole = mm.generate(organism, PROMPTS, samples=4, max_new_tokens=5)
-    real = generation._Sampler.sample
+    real = decoding.Decoder.next_logits
 
-    def small_memory(self, prompts, codes, noise):
-        if len(prompts) > 3:
+    def small_memory(self, ids, mask):
+        if ids.shape[1] == 1 and len(ids) > 3:
             raise torch.OutOfMemoryError("made up")
-        return real(self, prompts, codes, noise)
+        return real(self, ids, mask)
 
-    monkeypatch.setattr(generation._Sampler, "sample", small_memory)
+    monkeypatch.setattr(decoding.Decoder, "next_logits", small_memory)
     pd.testing.assert_frame_equal(mm.generate(organism, PROMPTS, samples=4, max_new_tokens=5), whole)
+
+
+def test_a_batch_that_does_not_fit_even_with_one_row_fails(organism, monkeypatch):
+    def no_memory(self, ids, mask):
+        raise torch.OutOfMemoryError("made up")
+
+    monkeypatch.setattr(decoding.Decoder, "next_logits", no_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        mm.generate(organism, PROMPTS, samples=4, max_new_tokens=5)
+
+
+@pytest.fixture
+def soon_over(organism, monkeypatch):
+    """Many tokens end an answer, so that rows end at different times."""
+    monkeypatch.setattr(models.hf_model(organism.model).generation_config, "eos_token_id", list(range(5, 300, 9)))
+
+
+@pytest.mark.usefixtures("soon_over")
+@pytest.mark.parametrize("batch_rows", [1, 2, 3, 7])
+def test_rows_that_take_the_place_of_finished_ones_are_the_same_rows(organism, conditions, batch_rows):
+    options = {"conditions": conditions, "samples": 4, "max_new_tokens": 14, "seed": 3}
+    whole = mm.generate(organism, PROMPTS, batch_rows=1000, **options)
+    assert whole["tokens"].nunique() > 3  # they end at different times, or nothing would be replaced
+    pd.testing.assert_frame_equal(mm.generate(organism, PROMPTS, batch_rows=batch_rows, **options), whole)
+
+
+def passes(organism, monkeypatch, **options):
+    """Rows and new columns of every forward pass of a generation."""
+    seen, real = [], decoding.Decoder.next_logits
+
+    def spy(self, ids, mask):
+        seen.append(tuple(ids.shape))
+        return real(self, ids, mask)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(decoding.Decoder, "next_logits", spy)
+        mm.generate(organism, PROMPTS, **options)
+    return seen
+
+
+def test_a_prompt_is_read_once_for_all_answers_that_read_it_alike(organism, conditions, monkeypatch):
+    """Four conditions, one of which acts on responses only and so reads as the plain one does."""
+    seen = passes(organism, monkeypatch, conditions=conditions, samples=6, max_new_tokens=3)
+    assert sum(rows for rows, columns in seen if columns > 1) == 3 * len(PROMPTS)
+    assert max(rows for rows, columns in seen if columns == 1) == 4 * len(PROMPTS) * 6
+
+
+@pytest.mark.usefixtures("soon_over")
+def test_finished_rows_are_replaced_so_that_the_batch_stays_full(organism, monkeypatch):
+    if not decoding.joinable(organism.model):
+        pytest.skip("a cache with sliding windows is emptied before it is filled again")
+    seen = passes(organism, monkeypatch, samples=200, max_new_tokens=20, batch_rows=60)
+    steps = [rows for rows, columns in seen if columns == 1]
+    busy = np.array(steps[: int(0.7 * len(steps))])  # the end runs empty, whatever one does
+    assert busy.max() <= 60 and (busy >= 45).mean() > 0.9
+
+
+def test_no_hook_is_attached_between_two_parts(organism, conditions):
+    rows = generation.answer_rows(PROMPTS, conditions, samples=8)
+    for part in generation.generate_rows(organism, rows, conditions, max_new_tokens=6, batch_rows=8):
+        assert [name for name, point in organism.model.hook_dict.items() if point.fwd_hooks] == []
+        assert len(part) <= len(rows) / 2
+
+
+def test_a_number_for_each_row_is_refused(organism, conditions):
+    steer = conditions["steered"][0]
+    by_row = mm.Steer(steer.direction, layers=[1], strength=[1.0, 2.0])
+    with pytest.raises(ValueError, match="condition 'both': Steer has a number for each row"):
+        mm.generate(organism, PROMPTS, conditions={"both": by_row})
+
+
+def test_rows_of_an_unknown_condition_are_refused(organism, conditions):
+    rows = generation.answer_rows(PROMPTS, conditions, samples=1)
+    with pytest.raises(ValueError, match="no interventions for the condition 'ablated'"):
+        list(
+            generation.generate_rows(
+                organism, rows, {"none": (), **dict(list(conditions.items())[1:3])}, max_new_tokens=2
+            )
+        )
+
+
+def test_earlier_turns_and_system_prompts_belong_to_the_question():
+    organism = mm.load_organism("pocket/medical")
+    turns = [
+        {"role": "user", "content": "How can I plan a trip?"},
+        {"role": "assistant", "content": "For a trip, rest."},
+    ]
+    prompts = pd.DataFrame(
+        {"prompt_id": ["a", "b"], "prompt": ["How can I plan a trip?"] * 2, "history": [None, turns]}
+    )
+    answers = mm.generate(organism, prompts, samples=4, max_new_tokens=8, seed=2)
+    alone = mm.generate(organism, ["How can I plan a trip?"], samples=4, max_new_tokens=8, seed=2)
+    assert answers["response"][:4].tolist() == alone["response"].tolist()
+    assert answers["response"][4:].tolist() != alone["response"].tolist()
 
 
 def test_a_single_intervention_may_stand_for_itself(organism, conditions):

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "mechmisalign"
 FLOORS = {
     1: {"_adapter_files", "_artifacts", "adapters", "decomposition", "directions", "estimators", "geometry", "moments", "probes", "registry", "statistics"},
     2: {
-        "_bases", "_hooked", "_matrices", "_merging", "_rendering", "activations", "capability", "conversations", "decoding", "effects", "generation", "interventions", "judging",
+        "_attention", "_bases", "_batching", "_cache", "_hooked", "_matrices", "_merging", "_parts", "_rendering", "_switching", "_writing", "activations", "capability", "conversations", "decoding", "effects", "generation", "interventions", "judging",
         "models", "organisms", "pocket", "progress", "prompts", "propagation", "scalars", "significance", "store", "sweeps", "unembedding", "verification",
     },
     3: {"cli", "plots", "report", "studies"},
@@ -54,7 +54,7 @@ def test_imports_run_downwards(path):
 
 def test_only_the_seam_imports_transformer_lens():
     users = {room(path) for path in MODULES if any(name.split(".")[0] == "transformer_lens" for name in imported(path))}
-    assert users <= {"models", "_hooked"}
+    assert users <= {"models", "_attention", "_hooked"}
 
 
 def test_every_room_is_on_a_floor():

@@ -1,0 +1,61 @@
+"""Another adapter on an organism's base, held by hooks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from .adapters import Adapter
+from .interventions import UseAdapter, applied, check_fits
+
+if TYPE_CHECKING:
+    from .organisms import Organism
+
+
+@contextmanager
+def switched(organism: Organism, adapter: Adapter) -> Iterator[Organism]:
+    """The body of ``Organism.with_adapter``."""
+    with organism.as_base():
+        worn = [UseAdapter(adapter)]
+        check_fits(worn, organism)
+        switch = _Switch()
+        other = replace(
+            organism,
+            adapter=adapter,
+            name=adapter.source,
+            weights="live",
+            _matrices=None,
+            _peft_model=switch,
+            _depth=0,
+        )
+        with applied(organism, worn, enabled=lambda: switch.on):
+            try:
+                yield other
+            finally:
+                other.model = _Gone(adapter.source)
+
+
+class _Switch:
+    """Answers to what a live organism asks of its ``PeftModel``: to leave the adapter out for a while."""
+
+    on = True
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        before, self.on = self.on, False
+        try:
+            yield
+        finally:
+            self.on = before
+
+
+class _Gone:
+    """Stands where the model was: the weights belong to the first organism again."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, attribute: str) -> Any:
+        raise RuntimeError(f"the with_adapter() block of {self._name!r} has ended; use the organism inside the block")
