@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import pandas as pd
+
+from ._style import CONTROL, PALETTE
 
 INTERVAL = ("rate", "low", "high")
 
@@ -59,10 +61,25 @@ def split_control(frame: pd.DataFrame, column: str) -> tuple[pd.DataFrame, pd.Da
     return frame[~control], frame[control]
 
 
+def condition_colours(names: Iterable[object], figure: str) -> dict[object, str]:
+    """A colour for each condition in order of appearance; random controls are grey.
+
+    Raises:
+        ValueError: If there are more than can be told apart.
+    """
+    known = list(dict.fromkeys(names))
+    random = is_control(pd.Series(known))
+    spare = [name for name, control in zip(known, random, strict=True) if not control]
+    if len(spare) > len(PALETTE):
+        raise ValueError(f"{figure} tells {len(PALETTE)} conditions apart, got {len(spare)}; select some of them")
+    found = dict(zip(spare, PALETTE, strict=False))
+    return {name: found.get(name, CONTROL) for name in known}
+
+
 def envelope(control: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
     """Several random controls as one: their mean, from the lowest lower to the highest upper end of their intervals."""
     how = {"rate": "mean", "low": "min", "high": "max"}
-    how |= {column: "mean" for column in ("coherent",) if column in control.columns}
+    how |= {column: "mean" for column in ("coherent", "kl", "loss", "accuracy", "tokens") if column in control.columns}
     return control.groupby(list(by), sort=False, as_index=False).agg(how)
 
 

@@ -2,36 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from textwrap import fill
+from collections.abc import Sequence
 
-import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patheffects import withStroke
-from matplotlib.ticker import MaxNLocator
 
-from ._frames import INTERVAL, check, check_unique, envelope, is_control, split_control
+from ._bars import bars_height, bars_width, draw_bars, rate_axis
+from ._frames import INTERVAL, check, check_unique, envelope, split_control
 from ._style import (
     BLUE,
-    COLUMN,
     CONTROL,
     GREEN,
-    INK,
     ORANGE,
     PALETTE,
     SKY,
-    SMALL,
-    TINY,
     VERMILION,
     as_percent,
     axes,
-    edge_note,
     figure_of,
     house_style,
     legend_above,
-    percent,
     short_names,
 )
 
@@ -39,7 +30,6 @@ BEFORE = "none"
 """The scope of the row that was measured without an ablation."""
 _SCOPES = {"layer-wise": BLUE, "single": ORANGE}
 _CONTROL_STATE = "random control"
-_HALO = [withStroke(linewidth=1.5, foreground="white")]
 
 
 @house_style
@@ -47,8 +37,9 @@ def ablation_bars(rates: pd.DataFrame, *, ax: Axes | None = None) -> Figure:
     """EM rate after ablating each estimator's direction, against the rate before, with coherence beside each bar.
 
     Args:
-        rates: Columns ``estimator, scope, rate, low, high``, one row each; optional ``coherent``. The row with scope
-            "none" is the rate before; estimators that say "random" are pooled as one control.
+        rates: Columns ``estimator, scope, rate, low, high``, one row each; optional ``coherent`` and costs (``kl, loss,
+            accuracy, tokens``), written beside the bars. The row with scope "none" is the rate before; estimators that
+            say "random" are pooled as one control.
         ax: Axes to draw on; a new figure without.
 
     Raises:
@@ -63,10 +54,10 @@ def ablation_bars(rates: pd.DataFrame, *, ax: Axes | None = None) -> Figure:
     scopes = list(dict.fromkeys(bars["scope"]))
     spare = [colour for colour in PALETTE if colour not in _SCOPES.values()]
     colours = {scope: _SCOPES.get(scope) or spare[i % len(spare)] for i, scope in enumerate(scopes)}
-    ax = axes(ax, COLUMN, _height(bars, "estimator"))
-    _draw(ax, bars, "estimator", "scope", colours)
+    ax = axes(ax, bars_width(bars), bars_height(bars, "estimator"))
+    draw_bars(ax, bars, "estimator", "scope", colours)
     _reference(ax, before)
-    _rate_axis(ax, rates)
+    rate_axis(ax, rates)
     legend_above(ax)
     return figure_of(ax)
 
@@ -76,8 +67,9 @@ def transfer_bars(rates: pd.DataFrame, *, ax: Axes | None = None) -> Figure:
     """EM rate of each organism before and after ablating a direction that was taken from another one.
 
     Args:
-        rates: Columns ``organism, state, rate, low, high``; optional ``coherent``. The state is "before", begins with
-            "after" ("after, layer-wise" …), or says "random" (controls, pooled).
+        rates: Columns ``organism, state, rate, low, high``; optional ``coherent`` and costs (``kl, loss, accuracy,
+            tokens``), written beside the bars. The state is "before", begins with "after" ("after, layer-wise" …), or
+            says "random" (controls, pooled).
         ax: Axes to draw on; a new figure without.
 
     Raises:
@@ -90,9 +82,9 @@ def transfer_bars(rates: pd.DataFrame, *, ax: Axes | None = None) -> Figure:
     colours = _state_colours(list(dict.fromkeys(bars["state"])))
     names = short_names(rates["organism"].astype(str))
     bars = bars.assign(organism=bars["organism"].astype(str).map(names))
-    ax = axes(ax, COLUMN, _height(bars, "organism"))
-    _draw(ax, bars, "organism", "state", colours)
-    _rate_axis(ax, rates)
+    ax = axes(ax, bars_width(bars), bars_height(bars, "organism"))
+    draw_bars(ax, bars, "organism", "state", colours)
+    rate_axis(ax, rates)
     legend_above(ax)
     return figure_of(ax)
 
@@ -117,57 +109,8 @@ def _state_colours(states: Sequence[str]) -> dict[str, str]:
     return {state: colour for state, colour in ordered.items() if state in states}
 
 
-def _height(bars: pd.DataFrame, group: str) -> float:
-    return 0.75 + 0.13 * len(bars) + 0.08 * bars[group].nunique()
-
-
-def _draw(ax: Axes, bars: pd.DataFrame, group: str, kind: str, colours: Mapping[str, str]) -> None:
-    """Groups from top to bottom in order of appearance, one bar of each kind in them."""
-    groups = list(dict.fromkeys(bars[group]))
-    thick = 0.8 / len(colours)
-    for rank, (name, colour) in enumerate(colours.items()):
-        rows = bars[bars[kind] == name]
-        places = np.array([groups.index(value) for value in rows[group]]) + (rank - (len(colours) - 1) / 2) * thick
-        random = is_control(rows[group]) | is_control(rows[kind])
-        reach = np.stack([rows["rate"] - rows["low"], rows["high"] - rows["rate"]]).clip(min=0)
-        hatches = ["////" if hatched else "" for hatched in random]
-        fills = [CONTROL if hatched and kind == "state" else colour for hatched in random]
-        ax.barh(
-            places, rows["rate"], thick * 0.92, color=fills, hatch=hatches, edgecolor="white", linewidth=0, label=name
-        )
-        ax.errorbar(rows["rate"], places, xerr=reach, fmt="none", ecolor=INK, elinewidth=0.7, capsize=1.3, capthick=0.7)
-        _write_numbers(ax, rows, places)
-    if "coherent" in bars and bars["coherent"].notna().any():
-        ax.annotate("coherent", (1, 1), (3, 2), xycoords="axes fraction", textcoords="offset points", fontsize=TINY)
-    ax.set_yticks(range(len(groups)), [fill(str(name), 18) for name in groups], fontsize=SMALL)
-    ax.set_ylim(len(groups) - 0.45, -0.55)
-    ax.tick_params(axis="y", length=0)
-    ax.grid(False, axis="y")
-
-
-def _write_numbers(ax: Axes, rows: pd.DataFrame, places: Sequence[float] | np.ndarray) -> None:
-    """The rate after each bar, and the coherence in a column at the right."""
-    for place, rate, high in zip(places, rows["rate"], rows["high"], strict=True):
-        end = (max(rate, high) if high == high else rate, place)
-        ax.annotate(
-            as_percent(rate), end, (2.5, 0), textcoords="offset points", va="center", fontsize=TINY, path_effects=_HALO
-        )
-    if "coherent" in rows:
-        for place, coherent in zip(places, rows["coherent"], strict=True):
-            told = "" if coherent != coherent else as_percent(coherent)
-            edge_note(ax, told, place, offset=22, align="right")
-
-
 def _reference(ax: Axes, before: pd.DataFrame) -> None:
     """The rate before, as a line through all bars with its interval."""
     for rate, low, high in before[list(INTERVAL)].itertuples(index=False):
         ax.axvspan(low, high, color=VERMILION, alpha=0.12, linewidth=0, zorder=0)
         ax.axvline(rate, color=VERMILION, linewidth=1.0, linestyle=(0, (3, 1.5)), label=f"before: {as_percent(rate)}")
-
-
-def _rate_axis(ax: Axes, rates: pd.DataFrame) -> None:
-    top = max(0.05, float(rates[["rate", "high"]].max(axis=None)))
-    ax.set_xlim(0, top * 1.16)
-    ax.set_xticks([tick for tick in MaxNLocator(5).tick_values(0, top) if tick <= min(1.0, top * 1.1)])
-    ax.set_xlabel("EM rate")
-    percent(ax, "x")

@@ -9,10 +9,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 
-from mechmisalign.judging import COHERENT_ABOVE, MISALIGNED_BELOW, label
+from mechmisalign.judging import COHERENT_ABOVE, MISALIGNED_BELOW, UNSCORED, label
 
 from ._frames import check
-from ._style import COLUMN, PALETTE, VERMILION, as_percent, axes, figure_of, house_style, legend_above
+from ._style import COLUMN, CONTROL, PALETTE, VERMILION, as_percent, axes, figure_of, house_style, legend_above
 
 _JITTER = (2.2, 3.2)
 """Half the width of the jitter along each axis, in points of the score: exact judges give a few values only."""
@@ -23,10 +23,12 @@ _MARGIN = 6
 def alignment_coherence(judged: pd.DataFrame, *, ax: Axes | None = None, seed: int = 0) -> Figure:
     """Every answer by its two scores, coloured by condition; the corner that counts as EM is shaded.
 
-    Answers without an alignment (nothing parsable) have no place on the plane; the legend counts them.
+    Answers without one of the scores have no place on the plane; the legend counts them, in grey by reason where the
+    judge told it.
 
     Args:
-        judged: Columns ``alignment, coherence`` (0 to 100) and ``condition``, one row per answer.
+        judged: Columns ``alignment, coherence`` (0 to 100) and ``condition``, one row per answer; optional
+            ``alignment_status, coherence_status``.
         ax: Axes to draw on; a new figure without.
         seed: Seed of the jitter that pulls equal scores apart.
 
@@ -55,10 +57,15 @@ def alignment_coherence(judged: pd.DataFrame, *, ax: Axes | None = None, seed: i
 def _count_by_condition(ax: Axes, judged: pd.DataFrame, colours: dict[object, str]) -> None:
     """A legend that also says how many answers there are, and how many lie in the corner or nowhere."""
     handles = []
-    for condition, group in judged.assign(label=label(judged)).groupby("condition", sort=False):
+    labelled = judged.assign(label=label(judged))
+    for condition, group in labelled.groupby("condition", sort=False):
         inside = int((group["label"] == "misaligned").sum())
         told = f"{condition}: EM {as_percent(inside / len(group))} of {len(group)}"
         nowhere = int(group[["alignment", "coherence"]].isna().any(axis=1).sum())
         told += f", {nowhere} unscored" if nowhere else ""
         handles.append(Line2D([], [], linestyle="", marker="o", color=colours[condition], label=told))
+    reasons = labelled["label"].value_counts().reindex(UNSCORED).dropna()
+    if len(reasons) and {"alignment_status", "coherence_status"} & set(judged.columns):
+        told = "no verdict: " + ", ".join(f"{count:.0f} {reason}" for reason, count in reasons.items())
+        handles.append(Line2D([], [], linestyle="", marker="o", color=CONTROL, label=told))
     legend_above(ax, handles)

@@ -10,12 +10,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from ._costs import costs_of, draw_costs, panels_below
 from ._frames import INTERVAL, check, check_unique, envelope, split_control
 from ._style import (
     BAND,
     BLUE,
     COLUMN,
     CONTROL,
+    INK,
     PALETTE,
     TINY,
     axes,
@@ -40,7 +42,9 @@ def layer_sweep(rates: pd.DataFrame, *, ax: Axes | None = None) -> Figure:
     Args:
         rates: Columns ``layer, rate, low, high``. Optional: ``series`` (one line each; rows whose series says "random"
             become the control band: the mean of all of them, and the widest of their intervals), ``strength`` (several
-            per layer give a line each; one that differs from layer to layer is written at its point), ``coherent``.
+            per layer give a line each; one that differs from layer to layer is written at its point), ``coherent``,
+            and costs (``kl, loss, accuracy, tokens``; each in a small panel below, with a band where ``<cost>_low`` and
+            ``<cost>_high`` are there).
         ax: Axes to draw on; a new figure without.
 
     Raises:
@@ -60,6 +64,7 @@ def layer_sweep(rates: pd.DataFrame, *, ax: Axes | None = None) -> Figure:
     _share_axis(ax, rates)
     alone = str(treated["series"].iloc[0]) if "series" in treated and treated["series"].nunique() == 1 else None
     title = alone if len(curves) > 1 else None
+    draw_costs(panels_below(ax, costs_of(rates)), "layer", [(colour, curve) for _, colour, curve in curves], control)
     key = [_key("coherent answers", _DASHED)] if "coherent" in treated else []
     legend_above(ax, [*ax.get_legend_handles_labels()[0], *key], title=title)
     return figure_of(ax)
@@ -71,7 +76,8 @@ def dose_response(rates: pd.DataFrame, *, ax: Axes | None = None) -> Figure:
 
     Args:
         rates: Columns ``strength, rate, low, high, coherent, coherent_low, coherent_high``; optional ``series`` (rows
-            whose series says "random" are the control).
+            whose series says "random" are the control), and costs (``kl, loss, accuracy, tokens``; each in a small
+            panel below, with a band where ``<cost>_low`` and ``<cost>_high`` are there).
         ax: Axes to draw on; a new figure without.
 
     Raises:
@@ -91,6 +97,8 @@ def dose_response(rates: pd.DataFrame, *, ax: Axes | None = None) -> Figure:
     ax.set_xlabel("steering strength")
     _share_axis(ax, rates)
     ax.set_ylabel("share of answers")
+    costly = [(INK if alone else PALETTE[i % len(PALETTE)], curve) for i, (_, curve) in enumerate(groups)]
+    draw_costs(panels_below(ax, costs_of(rates)), "strength", costly, control)
     key = [] if alone else [_key("misaligned", "-"), _key("coherent", _DASHED)]
     legend_above(ax, [*ax.get_legend_handles_labels()[0], *key])
     return figure_of(ax)
