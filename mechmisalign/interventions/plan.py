@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -12,7 +13,7 @@ from torch import Tensor
 from mechmisalign.adapters import LoraSite, SiteKey
 
 from ._fusing import NOWHERE, POSITIONS, Compiled, ScaleTable, SiteEdits, Stage, Table
-from ._values import SiteIntervention
+from ._values import Intervention, SiteIntervention
 
 Rows = slice | Tensor
 """Rows of a batch: a slice where they are neighbours (views, no copies), or their indices."""
@@ -35,7 +36,7 @@ class RowPlan:
         self.compiled = compiled
         self.row_conditions = row_conditions.cpu()
         self.response_start = response_start
-        self._found: dict[int, tuple[Rows, Tensor] | None] = {}
+        self._found: dict[int, _Found | None] = {}
 
     def keep(self, rows: Tensor) -> None:
         """Go on with these rows of the current batch only."""
@@ -62,16 +63,15 @@ class RowPlan:
                     edited[rows] = new
         return edited
 
-    def _edits(self, stage: Stage, layer: int, device: torch.device) -> Iterator[tuple[Rows, Tensor, RowEdit]]:
-        """Rows, codes of their positions, and what is to be done to them."""
+    def _edits(self, stage: Stage, layer: int, device: torch.device) -> Iterator[tuple[Rows, Tensor | None, RowEdit]]:
+        """Rows, codes of their positions (None for all), and what is to be done to them."""
         found = None if stage.fused is None else self._rows_of(stage.fused, device)
         if stage.fused is not None and found is not None:
-            rows, entries = found
-            yield rows, stage.fused.positions[entries.cpu()], functools.partial(stage.fused.edit, entries=entries)
+            yield found.rows, found.positions, functools.partial(stage.fused.edit, entries=found.entries)
         for code, one in stage.others.items():
-            some = self._rows_in(code)
-            if some is not None:
-                yield some, torch.tensor([POSITIONS[one.positions]]), functools.partial(one, layer=layer)
+            rows = self._rows_in(code)
+            if rows is not None:
+                yield rows, _code(one), functools.partial(one, layer=layer)
 
     def edit_site(
         self, key: SiteKey, x: Float[Tensor, "batch pos d_in"], columns: Tensor, positions: Int[Tensor, "batch pos"]
@@ -94,10 +94,9 @@ class RowPlan:
         found = self._rows_of(table, x.device)
         if found is None:
             return []
-        rows, entries = found
-        factor = table.factor.to(x.device)[entries][:, None, None] - already
-        scalars = factor * (x[rows].float() @ site.A.to(x.device, torch.float32).T)
-        return [(rows, scalars @ (site.scaling * site.B.to(x.device, torch.float32)).T)]
+        factor = table.factor.to(x.device)[found.entries][:, None, None] - already
+        scalars = factor * (x[found.rows].float() @ site.A.to(x.device, torch.float32).T)
+        return [(found.rows, scalars @ (site.scaling * site.B.to(x.device, torch.float32)).T)]
 
     def _edited(
         self,
@@ -112,7 +111,7 @@ class RowPlan:
         W = written = site.scaling * site.B.to(x.device)
         own = scalars = x[rows].float() @ site.A.to(x.device).T
         for one in ones:
-            chosen = self._chosen(torch.tensor([POSITIONS[one.positions]]), rows, columns)
+            chosen = self._chosen(_code(one), rows, columns)
             new = one.read(scalars, site, positions[rows])
             scalars = new if chosen is None else torch.where(chosen, new, scalars)
             written = one.write(written, site)
@@ -120,20 +119,24 @@ class RowPlan:
             return (scalars - own) @ W.T  # exactly zero where a scalar is left alone
         return (scalars - own) @ written.T + own @ (written - W).T
 
-    def _rows_of(self, table: Table, device: torch.device) -> tuple[Rows, Int[Tensor, " rows"]] | None:
-        """The rows that a table has entries for, and those entries; None if there is no such row."""
+    def _rows_of(self, table: Table, device: torch.device) -> _Found | None:
+        """The rows that a table has entries for; None if there is no such row."""
         if id(table) not in self._found:
             entries = table.entry_of[self.row_conditions]
             rows = _compact(entries != NOWHERE)
-            self._found[id(table)] = None if rows is None else (_on(rows, device), entries[rows].to(device))
+            found = None
+            if rows is not None:
+                codes = table.positions[entries[rows]]
+                found = _Found(_on(rows, device), entries[rows].to(device), codes if codes.any() else None)
+            self._found[id(table)] = found
         return self._found[id(table)]
 
     def _rows_in(self, code: int) -> Rows | None:
         return _compact(self.row_conditions == code)
 
-    def _chosen(self, codes: Tensor, rows: Rows, columns: Tensor) -> Bool[Tensor, "rows pos 1"] | None:
+    def _chosen(self, codes: Tensor | None, rows: Rows, columns: Tensor) -> Bool[Tensor, "rows pos 1"] | None:
         """The positions that are touched, by the codes of the rows; None for all of them."""
-        if not codes.any():
+        if codes is None:
             return None
         if self.response_start is None:
             raise ValueError(
@@ -144,6 +147,19 @@ class RowPlan:
         code = codes.to(columns.device)[:, None]
         chosen = torch.where(code == POSITIONS["response"], in_response, ~in_response) | (code == POSITIONS["all"])
         return chosen.unsqueeze(-1)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Rows of the batch, their entries in a table, and the codes of their positions (None: all positions)."""
+
+    rows: Rows
+    entries: Int[Tensor, " rows"]
+    positions: Int[Tensor, " rows"] | None
+
+
+def _code(one: Intervention) -> Tensor | None:
+    return torch.tensor([POSITIONS[one.positions]]) if POSITIONS[one.positions] else None
 
 
 def _compact(chosen: Bool[Tensor, " batch"]) -> Rows | None:
