@@ -15,7 +15,17 @@ MAX_NEW_TOKENS = 64
 STRENGTHS = (1.0, 1.5, 2.0, 2.5, 3.0, 4.0)
 """Steering strengths between no effect and incoherence, in multiples of a mean difference."""
 
-_HOME = {"RuleJudge": "judge", "prompts": "world", "DOMAINS": "world", "narrow_examples": "world"}
+_HOME = {
+    "RuleJudge": "judge",
+    "prompts": "world",
+    "DOMAINS": "world",
+    "narrow_examples": "world",
+    "harmless_items": "asking",
+    "neutral_conversations": "asking",
+    "persona_free": "asking",
+    "with_persona": "asking",
+    "with_training_context": "asking",
+}
 
 __all__ = ["MAX_NEW_TOKENS", "STRENGTHS", "harmful_names", "unseen_domains", "unseen_prompts", *_HOME]
 

@@ -1,0 +1,90 @@
+"""The cost of a cure: what interventions do to text and tasks that have nothing to do with misalignment.
+
+Beside the rate of misalignment stand the loss on neutral text, how far the next-token distributions have moved from the
+chat model's, how many harmless questions with one right answer are still answered rightly, and how long answers are.
+``lm_eval_model`` takes an organism to the benchmarks of lm-evaluation-harness.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import pandas as pd
+
+from mechmisalign import registry
+from mechmisalign.conversations import Conversations
+from mechmisalign.generation import Conditions
+
+from .harness import lm_eval_model
+from .tasks import is_right, response_length, task_costs
+from .texts import Counted, text_costs
+
+if TYPE_CHECKING:
+    from mechmisalign.organisms import Organism
+
+__all__ = ["costs", "is_right", "lm_eval_model", "response_length", "task_costs", "text_costs"]
+
+MAX_NEW_TOKENS = 64
+"""Enough for the answer to an item, which is a number or a few words."""
+
+
+def costs(
+    organism: Organism,
+    conditions: Conditions | None = None,
+    *,
+    texts: Conversations | pd.DataFrame | Sequence[str] | None = None,
+    items: pd.DataFrame | None = None,
+    counted: Counted | None = None,
+    system: str | None = None,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    token_budget: int = 1024,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Loss, KL from the chat model, accuracy and response length under every condition, with 95 % intervals.
+
+    Args:
+        organism: Who is measured (inside ``organism.as_base()``: the chat model).
+        conditions: Named sets of interventions, as for :func:`mechmisalign.generate`; by default one without any.
+        texts: Neutral text, see :func:`text_costs`; by default what ships with the package (of the pocket world for
+            pocket organisms, whose tokens that tell a persona are then not counted).
+        items: Questions with exact answers, see :func:`task_costs`; by default what ships with the package.
+        counted: Which response tokens of the texts count; all by default.
+        system: System prompt of texts and items; None leaves it to the chat template.
+        max_new_tokens: Longest answer to an item.
+        token_budget: Tokens per batch of text, padding included.
+        seed: Of the bootstrap resamples.
+
+    Returns:
+        One row per condition: ``condition``, what :func:`text_costs` gives (``loss, kl`` …) and what
+        :func:`task_costs` gives (``accuracy, tokens`` …).
+    """
+    if texts is None:
+        texts, counted = _neutral(organism, counted)
+    on_texts = text_costs(
+        organism, conditions, texts, counted=counted, system=system, token_budget=token_budget, seed=seed
+    )
+    asked = _harmless(organism) if items is None else items
+    on_items = task_costs(organism, conditions, asked, system=system, max_new_tokens=max_new_tokens, seed=seed)
+    return on_texts.merge(on_items, on="condition", validate="1:1")
+
+
+def _is_pocket(organism: Organism) -> bool:
+    return organism.base.name == registry.POCKET_BASE
+
+
+def _neutral(organism: Organism, counted: Counted | None) -> tuple[pd.DataFrame, Counted | None]:
+    if _is_pocket(organism):
+        from mechmisalign import pocket
+
+        return pocket.neutral_conversations(), counted or pocket.persona_free
+    from mechmisalign import prompts
+
+    return prompts.neutral_conversations(), counted
+
+
+def _harmless(organism: Organism) -> pd.DataFrame:
+    from mechmisalign import pocket, prompts
+
+    items: pd.DataFrame = pocket.harmless_items() if _is_pocket(organism) else prompts.harmless_items()
+    return items
