@@ -39,8 +39,11 @@ def uncached(organism, prompt, interventions, noise, max_new_tokens) -> list[int
         while len(written) < max_new_tokens and not (written and written[-1] in ends):
             tokens = torch.tensor([ids + written])
             logits = models.forward(organism.model, tokens, torch.ones_like(tokens))[0, -1].double()
-            probabilities = torch.softmax(logits, -1).cumsum(-1)
-            written.append(int((probabilities <= noise[len(written)] * probabilities[-1]).sum()))
+            probabilities = torch.softmax(logits, -1)
+            likely = probabilities >= 1e-3 * probabilities.max()
+            order = torch.cat([likely.nonzero()[:, 0], (~likely).nonzero()[:, 0]])  # likely tokens come first
+            cumulative = probabilities[order].cumsum(-1)
+            written.append(int(order[(cumulative <= noise[len(written)] * cumulative[-1]).sum()]))
     return written
 
 
@@ -217,11 +220,27 @@ def test_labels_of_the_prompts_are_kept(organism):
     assert answers["sample"].tolist() == [0, 1, 0, 1]
 
 
-def test_sampling_follows_the_models_distribution():
-    logits = torch.tensor([[0.0, 1.0, 2.0, -1e9]]).expand(20000, -1)
-    draws = torch.from_numpy(np.random.default_rng(0).random(20000))
-    counts = torch.bincount(generation.pick_tokens(logits, draws, 1.0), minlength=4) / 20000
-    torch.testing.assert_close(counts, torch.softmax(logits[0], -1), atol=0.015, rtol=0)
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_sampling_follows_the_models_distribution(temperature):
+    """Likely and unlikely tokens, over more than one block of the vocabulary."""
+    logits = torch.randn(700, generator=torch.Generator().manual_seed(0)) * 3
+    draws = torch.from_numpy(np.random.default_rng(0).random(200_000))
+    picked = torch.cat(
+        [generation.pick_tokens(logits.expand(len(part), -1), part, temperature) for part in draws.split(5000)]
+    )
+    expected = torch.softmax(logits / temperature, -1).double()
+    counts = torch.bincount(picked, minlength=700)
+    assert counts[expected == 0].sum() == 0
+    frequent = expected * len(draws) >= 5
+    residual = (counts - expected * len(draws))[frequent] / (expected * len(draws))[frequent].sqrt()
+    assert 0.7 < float(residual.square().mean()) < 1.4  # chi-squared per degree of freedom
+
+
+def test_impossible_tokens_are_never_picked():
+    logits = torch.full((3, 300), -torch.inf)
+    logits[:, [7, 299]] = torch.tensor([0.0, -20.0])
+    draws = torch.tensor([0.0, 0.5, 1 - 2**-53], dtype=torch.float64)
+    assert generation.pick_tokens(logits, draws, 1.0).tolist() == [7, 7, 299]
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,8 @@
 Every row of a batch has its own interventions, so a whole sweep shares the forward passes. A row's randomness is a
 stream of its own, keyed by the run's seed, the prompt, the sample and the condition: adding a condition, another
 batch size, another order or a resumed run changes no other row. That is exact up to the rounding of the model's own
-matrix products, which depends on the number of rows: in float32 a token is picked otherwise about once in a million, in
-bfloat16 a few per cent of long answers differ between batch sizes (the streams of random numbers never do).
+matrix products, which depends on the number of rows. In float32 it moved one of 5,200 pocket answers (150,000 tokens)
+between batch sizes; in bfloat16 it moves one in ten, and only the random numbers stay the same.
 """
 
 from __future__ import annotations
