@@ -60,6 +60,5 @@ def _found(model: Any) -> list[Any]:
 
 def _observed(attention: Any) -> bool:
     """Whether a hook sits on a point that the fused kernel passes by."""
-    return any(
-        point.fwd_hooks or point.bwd_hooks for name, point in attention.named_children() if name.startswith("hook_")
-    )
+    points = [point for name, point in attention.named_children() if name.startswith("hook_")]
+    return any(point._forward_hooks or point._forward_pre_hooks or point._backward_hooks for point in points)

@@ -44,6 +44,20 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]
         self._show(end)
         return self.keys, self.values
 
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Keep these rows; one that is named twice is there twice."""
+        length = self.keys.shape[2]
+        self._buffers = self._buffers[0][beam_idx], self._buffers[1][beam_idx]
+        self._show(length)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """The same."""
+        self.reorder_cache(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row so many times, side by side."""
+        self.reorder_cache(torch.arange(len(self.keys), device=self.device).repeat_interleave(repeats))
+
     def release(self) -> None:
         """Give the memory back; the layer is used up."""
         self.keys = self.values = torch.empty(0, device=self.device)

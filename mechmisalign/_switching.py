@@ -31,10 +31,18 @@ def switched(organism: Organism, adapter: Adapter) -> Iterator[Organism]:
             _depth=0,
         )
         with applied(organism, worn, enabled=lambda: switch.on):
+            model = organism.model
+            organism.model = _Elsewhere(
+                f"{organism.name!r} has lent its model to {adapter.source!r}; use the organism that with_adapter() "
+                "gave, and its as_base() for the chat model"
+            )
             try:
                 yield other
             finally:
-                other.model = _Gone(adapter.source)
+                organism.model = model
+                other.model = _Elsewhere(
+                    f"the with_adapter() block of {adapter.source!r} has ended; use the organism inside the block"
+                )
 
 
 class _Switch:
@@ -51,11 +59,11 @@ class _Switch:
             self.on = before
 
 
-class _Gone:
-    """Stands where the model was: the weights belong to the first organism again."""
+class _Elsewhere:
+    """Stands where the model was while its weights belong to another organism."""
 
-    def __init__(self, name: str) -> None:
-        self._name = name
+    def __init__(self, why: str) -> None:
+        self._why = why
 
     def __getattr__(self, attribute: str) -> Any:
-        raise RuntimeError(f"the with_adapter() block of {self._name!r} has ended; use the organism inside the block")
+        raise RuntimeError(self._why)

@@ -32,7 +32,7 @@ def left_padded(
 
 
 class Decoder:
-    """Token-by-token decoding with the model's own KV cache; rows may leave on the way.
+    """Token-by-token decoding with the model's own KV cache; rows may leave, be repeated, or join other batches.
 
     Args:
         model: A TransformerLens model.
@@ -54,7 +54,7 @@ class Decoder:
         if models.is_hooked(self._model):
             _hooked.keep(self._cache, rows)
         else:
-            self._cache.batch_select_indices(rows)
+            self._cache.reorder_cache(rows)  # every kind of layer has it, linear attention too
 
     @classmethod
     def joined(cls, parts: Sequence[Part], rows: int, width: int) -> Decoder:

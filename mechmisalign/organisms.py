@@ -47,6 +47,7 @@ class Organism:
         weights: ``"merged"`` or ``"live"``.
         engine: ``"bridge"`` or ``"hooked"``.
         base_fingerprint: Identifies the base whatever it is called; see ``fingerprint``.
+        applied: The interventions of the ``apply`` blocks that are open now.
     """
 
     model: Any
@@ -60,6 +61,7 @@ class Organism:
     _matrices: BaseMatrices | None = field(repr=False)
     _peft_model: Any = field(default=None, repr=False)
     _depth: int = field(default=0, repr=False)
+    applied: list[tuple[Intervention, ...]] = field(default_factory=list, repr=False)
 
     @contextmanager
     def as_base(self) -> Iterator[Organism]:
@@ -79,8 +81,9 @@ class Organism:
         """Another organism on the same base while the block runs: its adapter instead of this one's, nothing reloaded.
 
         The adapter is kept beside the base's weights by hooks, so switching costs their registration, and memory is the
-        base's and the adapters'. What the block gets is an organism like any other (weights ``"live"``); after the
-        block it is gone. To sample several in one batch, see :class:`mechmisalign.UseAdapter`.
+        base's and the adapters'. What the block gets is an organism like any other (weights ``"live"``); this one has
+        lent its model and refuses until the block ends, and then the other does. To sample several in one batch, see
+        :class:`mechmisalign.UseAdapter`.
 
         Raises:
             ValueError: If the adapter belongs to another base.

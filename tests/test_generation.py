@@ -1,3 +1,5 @@
+import inspect
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -181,6 +183,151 @@ def test_a_number_for_each_row_is_refused(organism, conditions):
         mm.generate(organism, PROMPTS, conditions={"both": by_row})
 
 
+def test_samples_are_keyed_by_values_not_by_their_python_types(organism, conditions):
+    plain = mm.generate(organism, PROMPTS, samples=2, max_new_tokens=6, seed=3)
+    unchecked = inspect.unwrap(mm.generate)
+    typed = unchecked(organism, np.array(PROMPTS, dtype=object), samples=2, max_new_tokens=6, seed=np.int64(3))
+    assert plain["response"].tolist() == typed["response"].tolist()
+    rows = generation.answer_rows([np.str_(prompt) for prompt in PROMPTS], {"none": ()}, samples=2)
+    assert (generation.uniforms(rows, 3, 4) == generation.uniforms(plain, 3, 4)).all()
+    with pytest.raises(ValueError, match="the condition 1 is a int; names are texts"):
+        unchecked(organism, PROMPTS, conditions={1: conditions["steered"]})
+
+
+@pytest.mark.parametrize(("dtype", "far"), [(torch.float16, 1e5), (torch.float32, float("inf"))])
+def test_logits_that_are_not_finite_are_told_and_never_text(tiny_models, make_adapter, dtype, far):
+    organism = mm.load_organism(make_adapter(tiny_models["qwen2"], layers=(1,)), dtype=dtype)
+    vectors = torch.ones(3, models.d_model(organism.model))
+    direction = Direction(vectors, (0, 1, 2), {"model": organism.provenance["model"]})
+    strengths = {"fine": 0.1, "far": far}
+    conditions = {name: mm.Steer(direction, layers=[1], strength=strength) for name, strength in strengths.items()}
+    for temperature in (1.0, 0.0):
+        with pytest.raises(ValueError, match="under condition 'far' the logits are not finite"):
+            mm.generate(organism, PROMPTS, conditions=conditions, samples=2, max_new_tokens=4, temperature=temperature)
+
+
+def test_sampling_inside_an_apply_that_speaks_of_columns_or_rows_is_refused(organism, conditions):
+    steer = conditions["steered"][0]
+    with organism.apply(steer):  # everywhere and for every row: means the same in any batch
+        inside = mm.generate(organism, PROMPTS, samples=2, max_new_tokens=4)
+    outside = mm.generate(organism, PROMPTS, conditions={"none": steer}, samples=2, max_new_tokens=4)
+    assert inside["response"].tolist() == outside["response"].tolist()
+    response = mm.Steer(steer.direction, layers=[1], positions="response")
+    with (
+        organism.apply(response, response_start=5),
+        pytest.raises(ValueError, match="give the intervention as a condition"),
+    ):
+        mm.generate(organism, PROMPTS)
+    with (
+        organism.apply(mm.Steer(steer.direction, layers=[1], strength=[1.0, 2.0])),
+        pytest.raises(ValueError, match="for each row"),
+    ):
+        mm.generate(organism, PROMPTS)
+
+
+def test_the_adapter_may_not_be_taken_out_between_two_parts(organism):
+    rows = generation.answer_rows(PROMPTS, {"none": ()}, samples=10)
+    parts = generation.generate_rows(organism, rows, {"none": ()}, max_new_tokens=4, batch_rows=4)
+    next(parts)
+    with organism.as_base(), pytest.raises(RuntimeError, match="in the middle of a generation"):
+        next(parts)
+
+
+class Doubled:
+    """Somebody else's intervention: no terms, and float32 whatever the model computes in."""
+
+    positions = "all"
+
+    def __init__(self, direction, layer):
+        self.direction, self.edited_layers = direction, (layer,)
+
+    def __call__(self, resid, layer):  # noqa: ARG002
+        return resid.float() * 2
+
+
+def test_everything_mixed_in_one_batch_equals_single_uncached_sampling(organism, conditions):
+    """Edits of all forms and positions, in both orders, with rows that are replaced."""
+    steer, ablate = conditions["steered"][0], conditions["ablated"][0]
+    d = steer.direction
+    mixed = {
+        "steer, ablate": (steer, ablate),
+        "ablate, steer": (ablate, steer),
+        "prompt": (mm.Steer(d, layers=[0, 2], strength=3.0, positions="prompt"),),
+        "clamp": (mm.Clamp(d, value=2.0, layers=[1], positions="response"), mm.Steer(d, layers=[1], strength=-1.0)),
+        "scaled": (mm.ScaleAdapter({(1, "down_proj"): 3.0}), steer),
+        "scaled response": (mm.ScaleAdapter({(1, "down_proj"): 3.0}, positions="response"),),
+        "somebody else's": (Doubled(d, 1), mm.Steer(d, layers=[1], strength=0.5, positions="prompt")),
+    }
+    prompts = [*PROMPTS, "a", "word " * 60]
+    answers = mm.generate(organism, prompts, conditions=mixed, samples=2, max_new_tokens=9, seed=6, batch_rows=9)
+    noise = generation.uniforms(answers, 6, 9)
+    for row in range(0, len(answers), 3):
+        expected = uncached(organism, answers["prompt"][row], mixed[answers["condition"][row]], noise[row], 9)
+        assert answers["response"][row] == organism.tokenizer.decode(expected, skip_special_tokens=True), answers.loc[
+            row
+        ]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_precisions_take_every_intervention(tiny_models, make_adapter, dtype):
+    organism = mm.load_organism(make_adapter(tiny_models["llama"], layers=(1,)), dtype=dtype)
+    vectors = torch.randn(3, models.d_model(organism.model), generator=torch.Generator().manual_seed(0))
+    d = Direction(vectors, (0, 1, 2), {"model": organism.provenance["model"]}, torch.ones(3))
+    one = [
+        mm.Steer(d, units="resid_norm"),
+        mm.Ablate(d),
+        mm.Clamp(d, value=1.0),
+        Doubled(d, 0),
+        mm.ScaleAdapter({(1, "down_proj"): 2.0}),
+    ]
+    conditions = {f"{number}": each for number, each in enumerate(one)} | {"all": one, "none": ()}
+    together = mm.generate(organism, PROMPTS, conditions=conditions, samples=2, max_new_tokens=4)
+    for name in ("3", "all"):  # alone in its batch, and beside others
+        alone = mm.generate(organism, PROMPTS, conditions={name: conditions[name]}, samples=2, max_new_tokens=4)
+        assert len(alone) == 6 and (
+            dtype != torch.float64
+            or alone["response"].tolist() == together.query("condition == @name")["response"].tolist()
+        )
+
+
+def test_models_with_sliding_windows_that_are_crossed_are_sampled_as_they_are(tmp_path, make_adapter):
+    from conftest import new_tokenizer
+    from transformers import AutoModelForCausalLM, MistralConfig
+
+    tokenizer = new_tokenizer("llama")
+    config = MistralConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, sliding_window=8, initializer_range=0.1, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    organism = mm.load_organism(make_adapter(tmp_path / "base", layers=(1,)))
+    assert not decoding.joinable(organism.model)
+    answers = mm.generate(organism, PROMPTS, samples=4, max_new_tokens=12, seed=1, batch_rows=5)
+    noise = generation.uniforms(answers, 1, 12)
+    for row in range(len(answers)):
+        expected = uncached(organism, answers["prompt"][row], (), noise[row], 12)
+        assert answers["response"][row] == organism.tokenizer.decode(expected, skip_special_tokens=True)
+
+
+def test_rows_can_be_taken_from_a_joined_decoder(organism):
+    """Oracle: the uncached forward pass."""
+    if not decoding.joinable(organism.model):
+        pytest.skip("a cache with sliding windows cannot be joined")
+    ids = torch.randint(5, 290, (4, 7), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        decoder = decoding.Decoder(organism.model)
+        decoder.next_logits(ids[:, :5], torch.ones_like(ids[:, :5]))
+        rows = torch.tensor([3, 1, 1])
+        joined = decoding.Decoder.joined([decoding.Part(decoder, rows, torch.tensor([2, 0, 1]))], 3, 5)
+        joined.keep(torch.tensor([2, 0]))  # rows 3 and 1
+        kept, mask = ids[[3, 1]], torch.ones(2, 6, dtype=torch.long)
+        joined.next_logits(kept[:, 5:6], mask)
+        found = joined.next_logits(kept[:, 6:7], torch.ones(2, 7, dtype=torch.long))
+        expected = models.forward(organism.model, kept, torch.ones_like(kept))[:, -1]
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
 def test_rows_of_an_unknown_condition_are_refused(organism, conditions):
     rows = generation.answer_rows(PROMPTS, conditions, samples=1)
     with pytest.raises(ValueError, match="no interventions for the condition 'ablated'"):
@@ -249,6 +396,8 @@ def test_impossible_tokens_are_never_picked():
         ([], {}, "at least one row"),
         (["a"], {"samples": 0}, "samples must be at least 1"),
         (["a"], {"temperature": -1.0}, "temperature must be 0 or more"),
+        (["a"], {"temperature": float("nan")}, "temperature must be 0 or more"),
+        (["a"], {"batch_rows": 0}, "batch_rows must be at least 1"),
         (["a"], {"conditions": {}}, "no condition"),
         (pd.DataFrame({"prompt": ["a", "b"], "prompt_id": [1, 1]}), {}, "prompt_id '1' stands twice"),
         (["a", "a"], {}, "prompt 'a' stands twice"),

@@ -40,11 +40,13 @@ def logits(organism):
 def test_an_adapter_that_is_put_on_equals_the_organism_that_was_loaded_with_it(organism, folders):
     """Oracle: the other organism, loaded by PEFT."""
     own, expected = logits(organism), logits(mm.load_organism(folders["other"], weights="live"))
+    with organism.as_base():
+        base = logits(organism)
     with organism.with_adapter(folders["other"]) as other:
         assert_close(logits(other), expected, atol=2e-5, rtol=1e-5)
         assert (other.adapter.digest, other.is_base) == (mm.Adapter.load(folders["other"]).digest, False)
-        with other.as_base(), organism.as_base():
-            assert_close(logits(other), logits(organism), atol=0, rtol=0)
+        with other.as_base():
+            assert torch.equal(logits(other), base)
         assert_close(logits(other), expected, atol=2e-5, rtol=1e-5)
     assert torch.equal(logits(organism), own)
 
@@ -105,6 +107,26 @@ def test_everything_reads_the_organism_that_wears_the_other_adapter(organism, fo
     )
     with loaded.apply(scale):
         assert_close(halved, logits(loaded), atol=2e-5, rtol=1e-4)
+
+
+def test_who_has_lent_its_model_refuses_instead_of_answering_as_the_other(organism, folders):
+    with organism.with_adapter(folders["other"]) as other:
+        for use in (lambda: logits(organism), lambda: mm.generate(organism, PROMPTS, samples=1, max_new_tokens=2)):
+            with pytest.raises(RuntimeError, match="has lent its model"):
+                use()
+        with other.with_adapter(folders["one"]) as third, pytest.raises(RuntimeError, match="has lent its model"):
+            assert third.adapter.digest == organism.adapter.digest
+            logits(other)
+        logits(other)
+    logits(organism)
+
+
+def test_an_error_in_the_block_gives_the_model_back(organism, folders):
+    own = logits(organism)
+    with pytest.raises(KeyboardInterrupt), organism.with_adapter(folders["other"]):
+        raise KeyboardInterrupt
+    assert torch.equal(logits(organism), own)
+    assert not organism.is_base and organism.applied == []
 
 
 def test_after_the_block_the_other_organism_is_gone(organism, folders):

@@ -20,9 +20,10 @@ from mechmisalign.decoding import end_ids
 from mechmisalign.interventions import check_fits
 from mechmisalign.progress import progress_bar
 
+from .flight import Requests
 from .memory import rows_that_fit
-from .packing import Packer, Requests
-from .rows import Conditions, answer_rows, as_set, prompt_keys, prompts_frame, refuse_numbers_per_row
+from .packing import Packer
+from .rows import Conditions, answer_rows, as_set, prompt_keys, prompts_frame, refuse_names, refuse_numbers_per_row
 from .sampling import pick_tokens, uniforms
 
 if TYPE_CHECKING:
@@ -102,16 +103,16 @@ def generate_rows(
         Finished rows with ``response, finished, tokens``, under their index in ``rows``.
 
     Raises:
-        ValueError: On an unknown condition, a number per row in one, a negative temperature, or no token to write.
+        ValueError: On an unknown condition, a number per row in one, a negative temperature, no token to write, logits
+            that are not finite, or inside an ``apply()`` that speaks of columns or rows.
     """
-    if temperature < 0:
-        raise ValueError(f"temperature must be 0 or more, got {temperature}")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    _refuse_numbers(temperature, max_new_tokens, batch_rows)
+    refuse_names(conditions)
     refuse_numbers_per_row(conditions)
-    sets = [as_set(interventions) for interventions in conditions.values()]
-    for interventions in sets:
+    sets = {name: as_set(interventions) for name, interventions in conditions.items()}
+    for interventions in sets.values():
         check_fits(interventions, organism)
+    _refuse_open_blocks(organism)
     if not len(rows):
         return
     requests = _requests(organism, rows, conditions, system, lambda part: uniforms(part, seed, max_new_tokens))
@@ -132,6 +133,25 @@ def generate_rows(
             yield _finished(done, rows, organism)
 
 
+def _refuse_numbers(temperature: float, max_new_tokens: int, batch_rows: int | None) -> None:
+    if not 0 <= temperature < float("inf"):
+        raise ValueError(f"temperature must be 0 or more, got {temperature}")
+    for name, value in (("max_new_tokens", max_new_tokens), ("batch_rows", batch_rows)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def _refuse_open_blocks(organism: Organism) -> None:
+    """Refuse to sample inside an ``apply()`` that speaks of columns or rows: in a packed batch they are not its own."""
+    for interventions in organism.applied:
+        if any(one.positions != "all" for one in interventions):
+            raise ValueError(
+                "this is inside organism.apply(…) with positions 'prompt' or 'response', whose columns are not those "
+                "of the batches that sampling makes; give the intervention as a condition"
+            )
+        refuse_numbers_per_row({"of the open apply() block": interventions})
+
+
 def _requests(
     organism: Organism,
     rows: pd.DataFrame,
@@ -143,10 +163,9 @@ def _requests(
     if (codes < 0).any():
         unknown = rows["condition"].iloc[int(np.argmin(codes))]
         raise ValueError(f"no interventions for the condition {unknown!r}; there are {list(conditions)}")
-    asked, different = pd.factorize(prompt_keys(rows))
-    first = rows.iloc[[int(place) for place in np.unique(asked, return_index=True)[1]]]
-    prompts = render_rows(first, organism.tokenizer, system=system)
-    assert len(prompts) == len(different)  # noqa: S101
+    keys = prompt_keys(rows)
+    asked, _ = pd.factorize(keys)
+    prompts = render_rows(rows[~keys.duplicated().to_numpy()], organism.tokenizer, system=system)
     return Requests(prompts, asked.astype(np.int64), codes, lambda numbers: draws(rows.iloc[numbers]))
 
 

@@ -8,11 +8,11 @@ taken out and waiting ones take their place, so the batch stays full until nothi
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -23,7 +23,8 @@ from mechmisalign.conversations import pad_id
 from mechmisalign.decoding import Decoder, Part, end_ids, joinable, left_padded
 from mechmisalign.interventions import Compiled, Intervention, RowPlan, planned
 
-from .sampling import pick_tokens
+from .flight import NOTHING_YET, Batch, Flight, Requests
+from .sampling import NOT_FINITE, pick_tokens
 
 if TYPE_CHECKING:
     from mechmisalign.organisms import Organism
@@ -36,83 +37,12 @@ RENEW_AT = 0.75
 _PREFILL_TOKENS = 8192
 
 
-@dataclass(frozen=True)
-class Requests:
-    """The answers that are wanted, by number.
-
-    Attributes:
-        prompts: Token ids of each different prompt, up to where a response begins.
-        asked: Which of them each request asks.
-        conditions: The condition of each request.
-        draws: Gives uniform numbers ``[request token]`` of the requests with these numbers.
-    """
-
-    prompts: Sequence[Sequence[int]]
-    asked: Int[np.ndarray, " request"]
-    conditions: Int[np.ndarray, " request"]
-    draws: Callable[[np.ndarray], Float[np.ndarray, "request token"]]
-
-
-@dataclass
-class _Flight:
-    """The rows in flight, one entry per row of the batch; ``mask`` covers the cache's columns.
-
-    ``age`` counts tokens written; the first comes from the prefill, and the last is not in the cache yet.
-    """
-
-    request: np.ndarray
-    condition: Int[Tensor, " batch"]
-    token: Int[Tensor, " batch"]
-    age: Int[Tensor, " batch"]
-    ended: Tensor
-    draws: Float[Tensor, "batch token"]
-    written: Int[Tensor, "batch token"]
-    mask: Int[Tensor, "batch pos"]
-
-    def __len__(self) -> int:
-        return len(self.request)
-
-    @property
-    def needed(self) -> int:
-        """Columns that these rows need: those that are padding in all of them are not counted."""
-        return int(self.mask.sum(1).max())
-
-    def plan(self, compiled: Compiled) -> RowPlan:
-        """The plan of the batch as it stands."""
-        return RowPlan(compiled, self.condition, self.mask.shape[1] - (self.age - 1))
-
-    def fields(self) -> tuple[Tensor, ...]:
-        """What belongs to the rows but does not grow: everything but numbers and mask."""
-        return self.condition, self.token, self.age, self.ended, self.draws, self.written
-
-    def kept(self, rows: Tensor) -> _Flight:
-        """These rows only, in all columns."""
-        return self.rebuilt([self], rows, self.mask[rows])
-
-    @staticmethod
-    def rebuilt(flights: Sequence[_Flight], rows: Tensor, mask: Tensor) -> _Flight:
-        """These rows of several flights, counted through, with a mask of their own."""
-        numbers = np.concatenate([flight.request for flight in flights])[rows.cpu().numpy()]
-        condition, token, age, ended, draws, written = (
-            torch.cat(fields)[rows] for fields in zip(*(flight.fields() for flight in flights), strict=True)
-        )
-        return _Flight(numbers, condition, token, age, ended, draws, written, mask)
-
-    def in_columns(self, width: int) -> _Flight:
-        """The same rows in so many columns: padding on the left is added, or cut."""
-        return replace(self, mask=pad(self.mask[:, -width:], (max(0, width - self.mask.shape[1]), 0)))
-
-
-_Newcomers = tuple[_Flight, Decoder, Tensor]
-"""Rows that were just read, the decoder that read their prompts, and the row of it that each goes on from."""
-
-
 class Packer:
     """Decodes requests in batches that are kept full.
 
     Args:
         organism: Who answers.
-        conditions: The interventions of each condition.
+        conditions: The interventions of each condition, by name.
         max_new_tokens: Tokens after which an answer is cut.
         temperature: 0 takes the most likely token.
         capacity: Rows in flight; halved when memory runs out.
@@ -121,7 +51,7 @@ class Packer:
     def __init__(
         self,
         organism: Organism,
-        conditions: Sequence[Sequence[Intervention]],
+        conditions: Mapping[str, Sequence[Intervention]],
         *,
         max_new_tokens: int,
         temperature: float,
@@ -129,24 +59,31 @@ class Packer:
     ) -> None:
         self.organism = organism
         self.capacity = capacity
+        self._names = list(conditions)
         self._max_new_tokens, self._temperature = max_new_tokens, temperature
         self._device = models.device_of(organism.model)
         self._ends = torch.tensor(end_ids(organism.model, organism.tokenizer), device=self._device)
-        self._compiled = Compiled(conditions, organism.adapter)
-        self._readings, self._reading_of = _readings(conditions)
-        self._compiled_readings = Compiled(self._readings, organism.adapter)
+        readings, self._reading_of = _readings(list(conditions.values()))
+        self._compiled, self._compiled_readings = (
+            Compiled(sets, organism.adapter, self._device) for sets in (list(conditions.values()), readings)
+        )
         self._joinable = joinable(organism.model)
+        self._batch: Batch | None = None
         self._plan: RowPlan | None = None
-        self._decoder: Decoder | None = None
-        self._flight: _Flight | None = None
 
     def answers(self, requests: Requests, order: Sequence[int]) -> Iterator[list[tuple[int, list[int]]]]:
         """Number and token ids of answers (the end token included where it was reached), as they are finished.
 
         No hook is attached while the caller has its turn.
+
+        Raises:
+            RuntimeError: If the caller puts the adapter in or out between two parts.
+            ValueError: If logits are not finite, with the condition under which that happened.
         """
-        waiting = list(order)
-        while waiting or self._flight is not None:
+        waiting, answering = list(order), (self.organism.is_base, self.organism.adapter)
+        while waiting or self._batch is not None:
+            if (self.organism.is_base, self.organism.adapter) != answering:
+                raise RuntimeError("the adapter was put in or out in the middle of a generation; let it end first")
             try:
                 with torch.inference_mode(), planned(self.organism, self._compiled, lambda _rows: self._plan):
                     done = self._advance(requests, waiting)
@@ -155,62 +92,80 @@ class Packer:
                     raise
                 self.capacity = max(1, self.capacity // 2)
                 logger.warning("out of memory: going on with %d rows at once", self.capacity)
-                waiting[:0] = [] if self._flight is None else self._flight.request.tolist()
-                self._flight = self._decoder = self._plan = None
+                waiting[:0] = [] if self._batch is None else self._batch.flight.request.tolist()
+                self._batch = None
             else:
                 yield done
 
     def _advance(self, requests: Requests, waiting: list[int]) -> list[tuple[int, list[int]]]:
         """Fill the batch, decode until enough rows have ended, and take those out."""
-        flight = self._flight
-        going_on = 0 if flight is None else len(flight)
-        if flight is None or (waiting and self._joinable and going_on <= RENEW_AT * self.capacity):
-            taken = waiting[: max(1, self.capacity - going_on)]
-            flight = self._taken_in(requests, np.array(taken))
+        batch = self._batch
+        going_on = 0 if batch is None else len(batch.flight)
+        if batch is None or (waiting and self._joinable and going_on <= RENEW_AT * self.capacity):
+            taken = self._taken(requests, waiting[: max(1, self.capacity - going_on)])
+            batch = self._batch = self._taken_in(requests, taken)
             del waiting[: len(taken)]
+        flight = batch.flight
+        self._plan = flight.plan(self._compiled)
         while int((~flight.ended).sum()) > RENEW_AT * len(flight):
-            self._step(flight)
-        self._take_out(flight, replaced=bool(waiting) and self._joinable)
+            self._step(flight, batch.decoder)
+        self._refuse_broken(flight)
+        self._batch = self._rest(batch, replaced=bool(waiting) and self._joinable)
         ended = flight.ended.nonzero().squeeze(1)
         written = zip(flight.written[ended].tolist(), flight.age[ended].tolist(), strict=True)
         numbers = flight.request[ended.cpu().numpy()].tolist()
         return [(number, row[:age]) for number, (row, age) in zip(numbers, written, strict=True)]
 
-    def _step(self, flight: _Flight) -> None:
+    def _taken(self, requests: Requests, first: Sequence[int]) -> Int[np.ndarray, " request"]:
+        """Those of the first requests whose prompts can be read in one pass, if what is read cannot be joined later."""
+        taken = np.array(first)
+        if self._joinable:
+            return taken
+        pairs = pd.MultiIndex.from_arrays([self._reading_of[requests.conditions[taken]], requests.asked[taken]])
+        longest = max(len(requests.prompts[prompt]) for prompt in requests.asked[taken])
+        fits = (~pairs.duplicated()).cumsum() * longest <= _PREFILL_TOKENS
+        return taken[: max(1, int(fits.sum()))]
+
+    def _step(self, flight: Flight, decoder: Decoder) -> None:
         """One more token for every row; rows that have ended are carried along and not written."""
         flight.mask = pad(flight.mask, (0, 1), value=1)
-        assert self._decoder is not None  # noqa: S101
-        logits = self._decoder.next_logits(flight.token[:, None], flight.mask)
+        logits = decoder.next_logits(flight.token[:, None], flight.mask)
         place = flight.age.clamp_max(self._max_new_tokens - 1)[:, None]
         token = pick_tokens(logits, flight.draws.gather(1, place)[:, 0], self._temperature)
         kept = torch.where(flight.ended, flight.written.gather(1, place)[:, 0], token)
         flight.written.scatter_(1, place, kept[:, None])
         flight.age += (~flight.ended).long()
         flight.ended |= torch.isin(token, self._ends) | (flight.age >= self._max_new_tokens)
-        flight.token = token
+        flight.token = token.clamp_min(0)
 
-    def _taken_in(self, requests: Requests, taken: Int[np.ndarray, " request"]) -> _Flight:
+    def _refuse_broken(self, flight: Flight) -> None:
+        broken = (flight.written == NOT_FINITE).any(1).nonzero().squeeze(1)
+        if len(broken):
+            name = self._names[int(flight.condition[broken[0]])]
+            dtype = str(next(self.organism.model.parameters()).dtype).removeprefix("torch.")
+            raise ValueError(
+                f"under condition {name!r} the logits are not finite numbers (the model computes in {dtype}); use a "
+                "lower strength, or load the organism with dtype=torch.float32 or torch.bfloat16"
+            )
+
+    def _taken_in(self, requests: Requests, taken: Int[np.ndarray, " request"]) -> Batch:
         """The rows in flight and the newcomers as one batch, rows of a condition side by side."""
-        parts: list[_Newcomers] = []
-        if self._flight is not None and self._decoder is not None:
-            parts.append((self._flight, self._decoder, self._staying))
+        parts = [] if self._batch is None else [self._batch]
         parts += self._read(requests, taken)
-        width = max(flight.needed for flight, _, _ in parts)
-        order = torch.cat([flight.condition for flight, _, _ in parts]).argsort(stable=True)
-        place = order.argsort()
+        flights = [part.flight for part in parts]
+        width = max(flight.needed for flight in flights)
+        order = torch.cat([flight.condition for flight in flights]).argsort(stable=True)
         if self._joinable:
-            targets = torch.split(place, [len(flight) for flight, _, _ in parts])
-            rows = [Part(decoder, source, target) for (_, decoder, source), target in zip(parts, targets, strict=True)]
-            self._decoder = Decoder.joined(rows, len(order), width)
+            targets = torch.split(order.argsort(), [len(flight) for flight in flights])
+            rows = [Part(part.decoder, part.source, target) for part, target in zip(parts, targets, strict=True)]
+            decoder = Decoder.joined(rows, len(order), width)
         else:
-            _, self._decoder, source = parts[0]
-            self._decoder.keep(source[order])
-        flights = [flight.in_columns(width) for flight, _, _ in parts]
-        self._flight = _Flight.rebuilt(flights, order, torch.cat([flight.mask for flight in flights])[order])
-        self._plan = self._flight.plan(self._compiled)
-        return self._flight
+            decoder = parts[0].decoder
+            decoder.keep(parts[0].source[order])
+        mask = torch.cat([flight.in_columns(width).mask for flight in flights])[order]
+        return Batch(Flight.rebuilt(flights, order, mask), decoder, torch.arange(len(order), device=order.device))
 
-    def _read(self, requests: Requests, taken: Int[np.ndarray, " request"]) -> Iterator[_Newcomers]:
+    def _read(self, requests: Requests, taken: Int[np.ndarray, " request"]) -> Iterator[Batch]:
         """Prefill: each different reading of a prompt once; its first token for every request that shares it."""
         pairs = np.stack([self._reading_of[requests.conditions[taken]], requests.asked[taken]], axis=1)
         distinct, which = np.unique(pairs, axis=0, return_inverse=True)
@@ -226,7 +181,7 @@ class Packer:
             row_of[chunk] = np.arange(len(chunk))
             here = np.flatnonzero(np.isin(which, chunk))
             source = torch.from_numpy(row_of[which[here]]).to(self._device)
-            yield self._begun(requests, taken[here], logits[source], mask[source]), decoder, source
+            yield Batch(self._begun(requests, taken[here], logits[source], mask[source]), decoder, source)
 
     def _begun(
         self,
@@ -234,15 +189,15 @@ class Packer:
         numbers: Int[np.ndarray, " request"],
         logits: Float[Tensor, "request vocab"],
         mask: Int[Tensor, "request pos"],
-    ) -> _Flight:
+    ) -> Flight:
         draws = torch.from_numpy(requests.draws(numbers)).to(self._device)
         token = pick_tokens(logits, draws[:, 0], self._temperature)
-        written = torch.full((len(numbers), self._max_new_tokens), -1, device=self._device)
+        written = torch.full((len(numbers), self._max_new_tokens), NOTHING_YET, device=self._device)
         written[:, 0] = token
         age = torch.ones_like(token)
         ended = torch.isin(token, self._ends) | (age >= self._max_new_tokens)
         condition = torch.from_numpy(requests.conditions[numbers]).to(self._device)
-        return _Flight(numbers, condition, token, age, ended, draws, written, mask)
+        return Flight(numbers, condition, token.clamp_min(0), age, ended, draws, written, mask)
 
     def _chunks(self, lengths: Int[np.ndarray, " prompt"]) -> list[np.ndarray]:
         """Prompts of like length, so many at once as the budget allows; all of them if they cannot be joined later."""
@@ -256,23 +211,22 @@ class Packer:
             start += rows
         return chunks
 
-    def _take_out(self, flight: _Flight, *, replaced: bool) -> None:
-        """Go on with the rows that have not ended; their cache is copied only once if others take the free places."""
-        staying = (~flight.ended).nonzero().squeeze(1)
+    def _rest(self, batch: Batch, *, replaced: bool) -> Batch | None:
+        """The rows that have not ended; if others take the free places, the cache waits to be copied with theirs."""
+        staying = (~batch.flight.ended).nonzero().squeeze(1)
         if not len(staying):
-            self._flight = self._decoder = self._plan = None
-            return
-        kept = flight.kept(staying)
-        self._staying = staying
-        if not replaced and self._decoder is not None:
-            if self._joinable:
-                kept = kept.in_columns(kept.needed)
-                part = Part(self._decoder, staying, torch.arange(len(kept), device=self._device))
-                self._decoder = Decoder.joined([part], len(kept), kept.mask.shape[1])
-            else:
-                self._decoder.keep(staying)
-            self._plan = kept.plan(self._compiled)
-        self._flight = kept
+            return None
+        kept = batch.flight.kept(staying)
+        if replaced:
+            return Batch(kept, batch.decoder, staying)
+        source = torch.arange(len(kept), device=self._device)
+        if not self._joinable:
+            batch.decoder.keep(staying)
+            return Batch(kept, batch.decoder, source)
+        kept = kept.in_columns(kept.needed)
+        return Batch(
+            kept, Decoder.joined([Part(batch.decoder, staying, source)], len(kept), kept.mask.shape[1]), source
+        )
 
 
 def _readings(conditions: Sequence[Sequence[Intervention]]) -> tuple[list[tuple[Intervention, ...]], np.ndarray]:

@@ -8,7 +8,7 @@ import pandas as pd
 import torch
 
 from mechmisalign.conversations import prompt_key
-from mechmisalign.interventions import Intervention
+from mechmisalign.interventions import Clamp, Intervention, ScaleAdapter, Steer
 
 Conditions = Mapping[str, Intervention | Sequence[Intervention]]
 """Named sets of interventions; a single one may stand for itself."""
@@ -23,6 +23,7 @@ def answer_rows(prompts: pd.DataFrame | Sequence[str], conditions: Conditions, s
         raise ValueError(f"samples must be at least 1, got {samples}")
     if not conditions:
         raise ValueError("no condition to sample under; leave `conditions` out for the plain model")
+    refuse_names(conditions)
     index = pd.MultiIndex.from_product(
         [list(conditions), range(len(frame)), range(samples)], names=["condition", "_prompt", "sample"]
     )
@@ -69,6 +70,19 @@ def as_set(interventions: Intervention | Sequence[Intervention]) -> tuple[Interv
     return (interventions,) if isinstance(interventions, Intervention) else tuple(interventions)
 
 
+def refuse_names(conditions: Conditions) -> None:
+    """Refuse names of conditions that are no text: they key the samples, and 1 and 1.0 would be two keys for one name.
+
+    Raises:
+        ValueError: With the name.
+    """
+    for name in conditions:
+        if not isinstance(name, str):
+            raise ValueError(
+                f"the condition {name!r} is a {type(name).__name__}; names of conditions are texts: f'x{{…}}'"
+            )
+
+
 def refuse_numbers_per_row(conditions: Conditions) -> None:
     """Refuse strengths that are given by row: where a row stands in a batch is not the caller's to know.
 
@@ -77,7 +91,11 @@ def refuse_numbers_per_row(conditions: Conditions) -> None:
     """
     for name, interventions in conditions.items():
         for one in as_set(interventions):
-            numbers = [getattr(one, "strength", 0.0), getattr(one, "value", 0.0), *getattr(one, "factors", {}).values()]
+            numbers = {
+                Steer: lambda one: [one.strength],
+                Clamp: lambda one: [one.value],
+                ScaleAdapter: lambda one: list(one.factors.values()),
+            }.get(type(one), lambda _: [])(one)
             if any(torch.as_tensor(number).ndim for number in numbers):
                 raise ValueError(
                     f"condition {name!r}: {type(one).__name__} has a number for each row; in a generation rows come "

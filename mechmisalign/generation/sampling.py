@@ -14,6 +14,9 @@ from torch.nn.functional import pad
 
 from .rows import prompt_keys
 
+NOT_FINITE = -1
+"""Picked where logits are NaN or infinite: no token."""
+
 _BLOCK = 256
 _LIKELY = 1e-3
 """Of the likeliest token's probability: from there on a token is likely."""
@@ -23,7 +26,8 @@ def uniforms(rows: pd.DataFrame, seed: int, count: int) -> Float[np.ndarray, "ba
     """Each row's own stream of uniform numbers, keyed by (seed, prompt, sample, condition)."""
     streams = []
     for prompt, sample, condition in zip(prompt_keys(rows), rows["sample"], rows["condition"], strict=True):
-        key = hashlib.blake2b(repr((seed, prompt, int(sample), condition)).encode(), digest_size=16).digest()
+        identity = repr((int(seed), str(prompt), int(sample), str(condition)))
+        key = hashlib.blake2b(identity.encode(), digest_size=16).digest()
         streams.append(np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little"))).random(count))
     return np.stack(streams)
 
@@ -36,11 +40,13 @@ def pick_tokens(
     Likely tokens come first in it, then the others. So what the rounding of the logits moves about the boundaries of
     likely tokens does not reach the thousands of narrow intervals of the unlikely ones, and a row that is computed in
     another batch picks the same token. The vocabulary is summed in blocks: the block is found first, then the token.
+    Where no logit is a finite maximum (NaN, overflow), ``NOT_FINITE`` is picked.
     """
+    top = logits.amax(-1, keepdim=True).float()
+    sound = top.isfinite()[:, 0]
     if temperature == 0:
-        return logits.argmax(-1)
-    scaled = logits.float() if temperature == 1 else logits.float() / temperature
-    weights = (scaled - scaled.amax(-1, keepdim=True)).exp_()
+        return torch.where(sound, logits.argmax(-1), NOT_FINITE)
+    weights = (logits.float() - top).div_(temperature).exp_()
     extra = -weights.shape[1] % _BLOCK
     weights = pad(weights, (0, extra)) if extra else weights
     likely = torch.where(weights >= _LIKELY, weights, 0.0)
@@ -54,7 +60,7 @@ def pick_tokens(
         torch.where(rare, target - before, target),
         lambda rows, block: torch.where(rare, halves[1][rows, block], halves[0][rows, block]),
     )
-    return place.clamp_max(logits.shape[-1] - 1)
+    return torch.where(sound, place.clamp_max(logits.shape[-1] - 1), NOT_FINITE)
 
 
 def _inverted(

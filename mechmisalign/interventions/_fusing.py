@@ -31,6 +31,8 @@ POSITIONS: Mapping[Positions, int] = {"all": 0, "prompt": 1, "response": 2}
 class Table:
     """What conditions have in common in form, and the entry of each.
 
+    What rows are looked up with is on the CPU, what they are edited with on the model's device.
+
     Attributes:
         entry_of: The entry of each condition, or ``NOWHERE``.
         positions: Code of the positions of each entry (``POSITIONS``).
@@ -52,16 +54,13 @@ class ResidualTable(Table):
         """The edited rows, a new tensor."""
         edited = x
         if self.add is not None:
-            edited = x + self._rows(self.add, entries).to(x)[:, None]
+            edited = x + _rows(self.add, entries).to(x)[:, None]
         if self.unit is not None:
-            unit = self._rows(self.unit, entries).to(x)
-            value = self._rows(self.value, entries).to(x)[:, None, None]
+            unit = _rows(self.unit, entries).to(x)
+            value = _rows(self.value, entries).to(x)[:, None, None]
             component = x @ unit[0][:, None] if len(unit) == 1 else x @ unit[:, :, None]
             edited = edited + (value - component) * unit[:, None]
         return edited
-
-    def _rows(self, table: Tensor, entries: Tensor) -> Tensor:
-        return table if len(table) == 1 else table.to(entries.device)[entries]
 
 
 @dataclass(frozen=True)
@@ -80,25 +79,46 @@ class Stage:
 
 
 @dataclass(frozen=True)
+class Factors:
+    """A site's factors on the model's device, float32.
+
+    Attributes:
+        site: The site.
+        A: What it reads scalars with.
+        W: What it writes them with, ``scaling · B``.
+    """
+
+    site: LoraSite
+    A: Float[Tensor, "rank d_in"]
+    W: Float[Tensor, "d_out rank"]
+
+    @staticmethod
+    def of(site: LoraSite, device: torch.device) -> Factors:
+        """The factors of a site, moved once."""
+        A, B = (factor.to(device, torch.float32) for factor in (site.A, site.B))
+        return Factors(site, A, site.scaling * B)
+
+
+@dataclass(frozen=True)
 class SiteEdits:
     """All edits of one adapted matrix.
 
     Attributes:
-        site: The organism's own site, in the gauge in which scalars are told; None where only other adapters have one.
+        own: The organism's own site, in the gauge in which scalars are told; None where only other adapters have one.
         scale: Conditions that only scale it.
         others: Conditions that edit it otherwise.
-        borrowed: For each adapter that is put on: its site, and by condition the factors.
+        borrowed: For each adapter that is put on: its site, and by condition what it is multiplied with.
     """
 
-    site: LoraSite | None
+    own: Factors | None
     scale: ScaleTable | None
     others: Mapping[int, tuple[SiteIntervention, ...]]
-    borrowed: tuple[tuple[LoraSite, ScaleTable], ...]
+    borrowed: tuple[tuple[Factors, ScaleTable], ...]
 
     @property
     def place(self) -> LoraSite:
         """A site that names the matrix."""
-        return self.borrowed[0][0] if self.site is None else self.site
+        return self.borrowed[0][0].site if self.own is None else self.own.site
 
 
 class Compiled:
@@ -107,9 +127,11 @@ class Compiled:
     Args:
         conditions: The interventions of each condition.
         adapter: The adapter whose sites may be edited.
+        device: Where the model computes.
     """
 
-    def __init__(self, conditions: Sequence[Condition], adapter: Adapter | None) -> None:
+    def __init__(self, conditions: Sequence[Condition], adapter: Adapter, device: torch.device) -> None:
+        self._device = device
         self.conditions = [tuple(condition) for condition in conditions]
         self.stages = {layer: self._stages(layer) for layer in self._layers()}
         self.sites = self._sites(adapter)
@@ -124,11 +146,11 @@ class Compiled:
             [one for one in _on_residual(condition) if layer in one.edited_layers] for condition in self.conditions
         ]
         return [
-            _stage({code: ones[depth] for code, ones in enumerate(acting) if len(ones) > depth}, layer, len(acting))
+            self._stage({code: ones[depth] for code, ones in enumerate(acting) if len(ones) > depth}, layer)
             for depth in range(max(map(len, acting)))
         ]
 
-    def _sites(self, adapter: Adapter | None) -> dict[SiteKey, SiteEdits]:
+    def _sites(self, adapter: Adapter) -> dict[SiteKey, SiteEdits]:
         own: dict[SiteKey, dict[int, list[SiteIntervention]]] = {}
         sites: dict[SiteKey, LoraSite] = {}
         borrowed: dict[SiteKey, dict[int, tuple[LoraSite, dict[int, float]]]] = {}
@@ -138,7 +160,7 @@ class Compiled:
                     for site in one.adapter.sites:
                         _, factors = borrowed.setdefault(site.key, {}).setdefault(id(one.adapter), (site, {}))
                         factors[code] = factors.get(code, 0.0) + one.scale
-                elif isinstance(one, SiteIntervention) and adapter is not None:
+                elif isinstance(one, SiteIntervention):
                     for site in one.edited_sites(adapter):
                         sites[site.key] = site.gauged
                         own.setdefault(site.key, {}).setdefault(code, []).append(one)
@@ -156,33 +178,48 @@ class Compiled:
         factors = {} if site is None else {code: _factor(ones, site) for code, ones in acting.items()}
         scaled = {code: factor for code, factor in factors.items() if factor is not None}
         others = {code: tuple(ones) for code, ones in acting.items() if code not in scaled}
-        scale = self._scale_table(scaled) if scaled else None
-        return SiteEdits(site, scale, others, tuple((one, self._scale_table(by)) for one, by in borrowed))
+        return SiteEdits(
+            None if site is None else Factors.of(site, self._device),
+            self._scale_table(scaled) if scaled else None,
+            others,
+            tuple((Factors.of(one, self._device), self._scale_table(by)) for one, by in borrowed),
+        )
 
     def _scale_table(self, factors: Mapping[int, float]) -> ScaleTable:
-        entry_of = _entries(factors, len(self.conditions))
-        return ScaleTable(entry_of, torch.zeros(len(factors), dtype=torch.long), torch.tensor(list(factors.values())))
+        values = torch.tensor(list(factors.values()), device=self._device)
+        return ScaleTable(self._entries(factors), torch.zeros(len(factors), dtype=torch.long), values)
 
+    def _stage(self, acting: Mapping[int, ResidualIntervention], layer: int) -> Stage:
+        terms: dict[int, Terms] = {}
+        for code, one in acting.items():
+            found = one.terms(layer) if hasattr(one, "terms") else None
+            if found is not None:
+                terms[code] = found
+        others = {code: one for code, one in acting.items() if code not in terms}
+        if not terms:
+            return Stage(None, others)
+        fused = ResidualTable(
+            self._entries(terms),
+            torch.tensor([POSITIONS[acting[code].positions] for code in terms]),
+            self._stacked([term.add for term in terms.values()]),
+            self._stacked([term.unit for term in terms.values()]),
+            torch.tensor([term.value for term in terms.values()], device=self._device),
+        )
+        return Stage(fused, others)
 
-def _stage(acting: Mapping[int, ResidualIntervention], layer: int, conditions: int) -> Stage:
-    terms: dict[int, Terms] = {}
-    for code, one in acting.items():
-        found = one.terms(layer) if hasattr(one, "terms") else None
-        if found is not None:
-            terms[code] = found
-    others = {code: one for code, one in acting.items() if code not in terms}
-    if not terms:
-        return Stage(None, others)
-    codes = torch.tensor([POSITIONS[acting[code].positions] for code in terms])
-    found_terms = list(terms.values())
-    fused = ResidualTable(
-        _entries(terms, conditions),
-        codes,
-        _stacked([term.add for term in found_terms]),
-        _stacked([term.unit for term in found_terms]),
-        torch.tensor([term.value for term in found_terms]),
-    )
-    return Stage(fused, others)
+    def _entries(self, codes: Iterable[int]) -> Int[Tensor, " condition"]:
+        entry_of = torch.full((len(self.conditions),), NOWHERE)
+        for entry, code in enumerate(codes):
+            entry_of[code] = entry
+        return entry_of
+
+    def _stacked(self, vectors: Sequence[Tensor | None]) -> Tensor | None:
+        """One row per entry, zero where an entry has no such term; None if none has."""
+        there = [vector for vector in vectors if vector is not None]
+        if not there:
+            return None
+        rows = [torch.zeros_like(there[0]) if vector is None else vector for vector in vectors]
+        return torch.stack(rows).to(self._device)
 
 
 def _on_residual(condition: Condition) -> list[ResidualIntervention]:
@@ -202,16 +239,5 @@ def _factor(ones: Sequence[SiteIntervention], site: LoraSite) -> float | None:
     return product
 
 
-def _entries(codes: Iterable[int], conditions: int) -> Int[Tensor, " condition"]:
-    entry_of = torch.full((conditions,), NOWHERE)
-    for entry, code in enumerate(codes):
-        entry_of[code] = entry
-    return entry_of
-
-
-def _stacked(vectors: Sequence[Tensor | None]) -> Tensor | None:
-    """One row per entry, zero where an entry has no such term; None if none has."""
-    there = [vector for vector in vectors if vector is not None]
-    if not there:
-        return None
-    return torch.stack([torch.zeros_like(there[0]) if vector is None else vector for vector in vectors])
+def _rows(table: Tensor, entries: Tensor) -> Tensor:
+    return table if len(table) == 1 else table[entries]

@@ -100,8 +100,9 @@ def one_number(strength: Strength) -> float | None:
 
 
 def per_row(strength: Strength, like: Tensor) -> Tensor:
-    """Strength as a tensor that multiplies ``like``, ``[batch pos width]``."""
-    value = torch.as_tensor(strength, dtype=like.dtype, device=like.device)
+    """Strength as a float32 tensor (float64 for such a stream) that multiplies ``like``, ``[batch pos width]``."""
+    precision = torch.promote_types(like.dtype, torch.float32)
+    value = torch.as_tensor(strength, dtype=precision, device=like.device)
     if value.ndim == 0:
         return value
     if value.shape != like.shape[:1]:

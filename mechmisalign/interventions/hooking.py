@@ -14,7 +14,7 @@ from mechmisalign import models
 from mechmisalign.adapters import Adapter, SiteKey
 
 from ._fusing import Compiled, Condition, SiteEdits
-from ._values import ResidualIntervention, SiteIntervention
+from ._values import Intervention, ResidualIntervention, SiteIntervention, check_positions
 from .adapter import AblateFromAdapter, UseAdapter
 from .plan import Change, RowPlan
 
@@ -62,15 +62,19 @@ def applied(
             ``positions="prompt"`` and ``"response"`` only.
         enabled: Asked in every pass; while it says no, the pass is left alone.
     """
-    compiled = Compiled([interventions], organism.adapter)
+    compiled = Compiled([interventions], organism.adapter, models.device_of(organism.model))
 
     @functools.cache  # one plan for all hooks of a pass
     def for_batch(rows: int) -> RowPlan:
         start = None if response_start is None else torch.as_tensor(response_start).expand(rows)
         return RowPlan(compiled, torch.zeros(rows, dtype=torch.long), start)
 
-    with planned(organism, compiled, lambda rows: for_batch(rows) if enabled() else None):
-        yield
+    organism.applied.append(tuple(interventions))
+    try:
+        with planned(organism, compiled, lambda rows: for_batch(rows) if enabled() else None):
+            yield
+    finally:
+        organism.applied.pop()
 
 
 def check_fits(interventions: Condition, organism: Organism) -> None:
@@ -86,6 +90,8 @@ def check_fits(interventions: Condition, organism: Organism) -> None:
     provenance = organism.provenance
     shape = models.d_model(organism.model), models.n_layers(organism.model)
     for one in interventions:
+        if isinstance(one, Intervention):
+            check_positions(one.positions)
         if isinstance(one, UseAdapter):
             _check_adapter(one.adapter, organism)
         elif isinstance(one, SiteIntervention):
@@ -102,6 +108,11 @@ def check_fits(interventions: Condition, organism: Organism) -> None:
                 )
         elif isinstance(one, ResidualIntervention):
             one.direction.check_model(provenance, *shape)
+            beyond = [layer for layer in one.edited_layers if not 0 <= layer < shape[1]]
+            if beyond:
+                raise ValueError(
+                    f"{type(one).__name__} acts at layer {beyond[0]}; the model has layers 0 to {shape[1] - 1}"
+                )
         else:
             raise TypeError(f"{one!r} is no intervention; expected Steer, Ablate, Clamp, ScaleAdapter, UseAdapter …")
 

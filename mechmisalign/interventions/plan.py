@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mechmisalign.adapters import LoraSite, SiteKey
+from mechmisalign.adapters import SiteKey
 
-from ._fusing import NOWHERE, POSITIONS, Compiled, ScaleTable, SiteEdits, Stage, Table
+from ._fusing import NOWHERE, POSITIONS, Compiled, Factors, ScaleTable, Stage, Table
 from ._values import Intervention, SiteIntervention
 
 Rows = slice | Tensor
@@ -24,7 +24,7 @@ Change = tuple[Rows, Float[Tensor, "rows pos d_out"]]
 
 
 class RowPlan:
-    """The interventions on the rows of one batch; rows can leave it while a generation runs.
+    """The interventions on the rows of one batch.
 
     Args:
         compiled: The conditions.
@@ -37,13 +37,7 @@ class RowPlan:
         self.row_conditions = row_conditions.cpu()
         self.response_start = response_start
         self._found: dict[int, _Found | None] = {}
-
-    def keep(self, rows: Tensor) -> None:
-        """Go on with these rows of the current batch only."""
-        self.row_conditions = self.row_conditions[rows.cpu()]
-        if self.response_start is not None:
-            self.response_start = self.response_start[rows.to(self.response_start.device)]
-        self._found.clear()
+        self._alone: dict[tuple[int, int], _Found | None] = {}
 
     def edit(
         self, resid: Float[Tensor, "batch pos d_model"], layer: int, columns: Int[Tensor, " pos"]
@@ -54,10 +48,10 @@ class RowPlan:
             for rows, codes, function in self._edits(stage, layer, resid.device):
                 chosen = self._chosen(codes, rows, columns)
                 old = (resid if edited is None else edited)[rows]
-                new = function(old)
+                new = function(old).to(old)
                 new = new if chosen is None else torch.where(chosen, new, old)
                 if len(new) == len(resid):
-                    edited = new
+                    edited = new.clone() if new.data_ptr() == resid.data_ptr() else new
                 else:
                     edited = resid.clone() if edited is None else edited
                     edited[rows] = new
@@ -69,9 +63,9 @@ class RowPlan:
         if stage.fused is not None and found is not None:
             yield found.rows, found.positions, functools.partial(stage.fused.edit, entries=found.entries)
         for code, one in stage.others.items():
-            rows = self._rows_in(code)
-            if rows is not None:
-                yield rows, _code(one), functools.partial(one, layer=layer)
+            alone = self._rows_in(code, one, device)
+            if alone is not None:
+                yield alone.rows, alone.positions, functools.partial(one, layer=layer)
 
     def edit_site(
         self, key: SiteKey, x: Float[Tensor, "batch pos d_in"], columns: Tensor, positions: Int[Tensor, "batch pos"]
@@ -80,41 +74,43 @@ class RowPlan:
         edits = self.compiled.sites.get(key)
         if edits is None:
             return []
-        changes = [change for site, table in edits.borrowed for change in self._scaled(site, table, x, 0.0)]
-        if edits.site is not None and edits.scale is not None:
-            changes += self._scaled(edits.site, edits.scale, x, 1.0)
+        changes = [change for factors, table in edits.borrowed for change in self._scaled(factors, table, x, 0.0)]
+        if edits.own is None:
+            return changes
+        if edits.scale is not None:
+            changes += self._scaled(edits.own, edits.scale, x, 1.0)
         for code, ones in edits.others.items():
-            rows = self._rows_in(code)
-            if rows is not None:
-                changes.append((rows, self._edited(edits, ones, rows, x, columns, positions)))
+            acting = [(one, self._rows_in(code, one, x.device)) for one in ones]
+            there = [(one, found) for one, found in acting if found is not None]
+            if there:
+                changes.append((there[0][1].rows, self._edited(edits.own, there, x, columns, positions)))
         return changes
 
-    def _scaled(self, site: LoraSite, table: ScaleTable, x: Tensor, already: float) -> list[Change]:
+    def _scaled(self, factors: Factors, table: ScaleTable, x: Tensor, already: float) -> list[Change]:
         """``(factor - already)`` times what the site writes; exactly zero where it is written already."""
         found = self._rows_of(table, x.device)
         if found is None:
             return []
-        factor = table.factor.to(x.device)[found.entries][:, None, None] - already
-        scalars = factor * (x[found.rows].float() @ site.A.to(x.device, torch.float32).T)
-        return [(found.rows, scalars @ (site.scaling * site.B.to(x.device, torch.float32)).T)]
+        factor = table.factor[found.entries][:, None, None] - already
+        scalars = factor * (x[found.rows].float() @ factors.A.T)
+        return [(found.rows, scalars @ factors.W.T)]
 
     def _edited(
         self,
-        edits: SiteEdits,
-        ones: Sequence[SiteIntervention],
-        rows: Rows,
+        factors: Factors,
+        acting: Sequence[tuple[SiteIntervention, _Found]],
         x: Tensor,
         columns: Tensor,
         positions: Tensor,
     ) -> Float[Tensor, "rows pos d_out"]:
-        site = edits.place
-        W = written = site.scaling * site.B.to(x.device)
-        own = scalars = x[rows].float() @ site.A.to(x.device).T
-        for one in ones:
-            chosen = self._chosen(_code(one), rows, columns)
-            new = one.read(scalars, site, positions[rows])
+        rows = acting[0][1].rows
+        W = written = factors.W
+        own = scalars = x[rows].float() @ factors.A.T
+        for one, found in acting:
+            chosen = self._chosen(found.positions, rows, columns)
+            new = one.read(scalars, factors.site, positions[rows])
             scalars = new if chosen is None else torch.where(chosen, new, scalars)
-            written = one.write(written, site)
+            written = one.write(written, factors.site)
         if written is W:
             return (scalars - own) @ W.T  # exactly zero where a scalar is left alone
         return (scalars - own) @ written.T + own @ (written - W).T
@@ -127,12 +123,23 @@ class RowPlan:
             found = None
             if rows is not None:
                 codes = table.positions[entries[rows]]
-                found = _Found(_on(rows, device), entries[rows].to(device), codes if codes.any() else None)
+                touched = codes.to(device) if codes.any() else None
+                found = _Found(_on(rows, device), entries[rows].to(device), touched)
             self._found[id(table)] = found
         return self._found[id(table)]
 
-    def _rows_in(self, code: int) -> Rows | None:
-        return _compact(self.row_conditions == code)
+    def _rows_in(self, code: int, one: Intervention, device: torch.device) -> _Found | None:
+        """The rows of one condition, for an intervention that is not fused."""
+        key = code, id(one)
+        if key not in self._alone:
+            rows = _compact(self.row_conditions == code)
+            found = None
+            if rows is not None:
+                touched = POSITIONS[one.positions]
+                codes = torch.tensor([touched], device=device) if touched else None
+                found = _Found(_on(rows, device), torch.zeros(0, dtype=torch.long), codes)
+            self._alone[key] = found
+        return self._alone[key]
 
     def _chosen(self, codes: Tensor | None, rows: Rows, columns: Tensor) -> Bool[Tensor, "rows pos 1"] | None:
         """The positions that are touched, by the codes of the rows; None for all of them."""
@@ -144,22 +151,21 @@ class RowPlan:
                 "pass response_start=<column, or one per row> to apply()"
             )
         in_response = columns >= self.response_start.to(columns.device)[rows, None]
-        code = codes.to(columns.device)[:, None]
+        code = codes[:, None]
         chosen = torch.where(code == POSITIONS["response"], in_response, ~in_response) | (code == POSITIONS["all"])
         return chosen.unsqueeze(-1)
 
 
 @dataclass(frozen=True)
 class _Found:
-    """Rows of the batch, their entries in a table, and the codes of their positions (None: all positions)."""
+    """Rows of the batch, their entries in a table, and the codes of their positions.
+
+    ``positions`` is one for each row or one for all, None where all positions are touched.
+    """
 
     rows: Rows
-    entries: Int[Tensor, " rows"]
-    positions: Int[Tensor, " rows"] | None
-
-
-def _code(one: Intervention) -> Tensor | None:
-    return torch.tensor([POSITIONS[one.positions]]) if POSITIONS[one.positions] else None
+    entries: Tensor
+    positions: Tensor | None
 
 
 def _compact(chosen: Bool[Tensor, " batch"]) -> Rows | None:

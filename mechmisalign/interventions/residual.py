@@ -65,7 +65,7 @@ class Steer(_OnDirection):
 
     def __call__(self, resid: Float[Tensor, "batch pos d_model"], layer: int) -> Float[Tensor, "batch pos d_model"]:
         """The edited residual stream of one layer, a new tensor."""
-        return resid + per_row(self.strength, resid) * self._vector(layer).to(resid)
+        return resid + (per_row(self.strength, resid) * self._vector(layer).to(resid.device)).to(resid)
 
     def terms(self, layer: int) -> Terms | None:
         """The edit as terms that a batch can fuse; None if each row has a strength of its own."""
@@ -125,7 +125,8 @@ class Clamp(_OnDirection):
     def __call__(self, resid: Float[Tensor, "batch pos d_model"], layer: int) -> Float[Tensor, "batch pos d_model"]:
         """The edited residual stream of one layer, a new tensor."""
         unit, component = self._projection(resid, layer)
-        return resid + (per_row(self.value, resid) * self._unit_of_value(layer) - component) * unit
+        value = (per_row(self.value, resid) * self._unit_of_value(layer)).to(resid)
+        return resid + (value - component) * unit
 
     def terms(self, layer: int) -> Terms | None:
         """The edit as terms that a batch can fuse; None if each row has a value of its own."""
