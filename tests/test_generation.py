@@ -183,15 +183,13 @@ def test_a_number_for_each_row_is_refused(organism, conditions):
         mm.generate(organism, PROMPTS, conditions={"both": by_row})
 
 
-def test_samples_are_keyed_by_values_not_by_their_python_types(organism, conditions):
-    plain = mm.generate(organism, PROMPTS, samples=2, max_new_tokens=6, seed=3)
-    unchecked = inspect.unwrap(mm.generate)
-    typed = unchecked(organism, np.array(PROMPTS, dtype=object), samples=2, max_new_tokens=6, seed=np.int64(3))
-    assert plain["response"].tolist() == typed["response"].tolist()
-    rows = generation.answer_rows([np.str_(prompt) for prompt in PROMPTS], {"none": ()}, samples=2)
-    assert (generation.uniforms(rows, 3, 4) == generation.uniforms(plain, 3, 4)).all()
+def test_samples_are_keyed_by_values_not_by_their_python_types():
+    plain = generation.answer_rows(PROMPTS, {"none": ()}, samples=2)
+    typed = plain.assign(prompt=pd.Series([np.str_(prompt) for prompt in plain["prompt"]], dtype=object))
+    uniforms = inspect.unwrap(generation.uniforms)
+    assert (uniforms(typed, np.int64(3), 4) == uniforms(plain, 3, 4)).all()
     with pytest.raises(ValueError, match="the condition 1 is a int; names are texts"):
-        unchecked(organism, PROMPTS, conditions={1: conditions["steered"]})
+        inspect.unwrap(generation.rows.refuse_names)({1: ()})
 
 
 @pytest.mark.parametrize(("dtype", "far"), [(torch.float16, 1e5), (torch.float32, float("inf"))])
