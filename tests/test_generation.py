@@ -188,7 +188,7 @@ def test_samples_are_keyed_by_values_not_by_their_python_types():
     typed = plain.assign(prompt=pd.Series([np.str_(prompt) for prompt in plain["prompt"]], dtype=object))
     uniforms = inspect.unwrap(generation.uniforms)
     assert (uniforms(typed, np.int64(3), 4) == uniforms(plain, 3, 4)).all()
-    with pytest.raises(ValueError, match="the condition 1 is a int; names are texts"):
+    with pytest.raises(ValueError, match="the condition 1 is a int; names of conditions are texts"):
         inspect.unwrap(generation.rows.refuse_names)({1: ()})
 
 
