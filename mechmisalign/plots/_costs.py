@@ -73,4 +73,6 @@ def written_cost(name: str, value: float) -> str:
         return ""
     if name in _SHARES:
         return as_percent(value)
-    return f"{value:.0f}" if name == "tokens" else f"{value:.2f}"
+    if name == "tokens":
+        return f"{value:.0f}"
+    return f"{value:.3f}" if name == "kl" and value < 0.1 else f"{value:.2f}"  # a small KL is still one

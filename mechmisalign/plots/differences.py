@@ -28,6 +28,8 @@ from ._style import (
 )
 
 _LEVEL = 0.05
+_LETTERS = 28
+"""Longer names are broken into lines."""
 
 
 @house_style
@@ -51,7 +53,9 @@ def difference_forest(
     by = list(compared.columns[: list(compared.columns).index("against")])
     names = _names(compared, by)
     grey = is_control(names)
-    ax = axes(ax, COLUMN, 0.3 + dots_height(len(compared), 1))
+    told = [fill(name, _LETTERS) for name in names]
+    lines = max(name.count("\n") + 1 for name in told)
+    ax = axes(ax, COLUMN, 0.3 + dots_height(len(compared), 1) + 0.08 * (lines - 1) * len(compared))
     places = np.arange(len(compared))
     colours = np.where(grey, CONTROL, BLUE)
     bands = [lighter(colour, 0.45) for colour in colours]
@@ -61,7 +65,7 @@ def difference_forest(
     fills = np.where(stands, colours, "white")
     ax.scatter(compared["difference"], places, s=13, c=fills, edgecolors=colours, linewidths=0.9, zorder=3)
     ax.axvline(0, color=INK, linewidth=0.6, zorder=1)
-    ax.set_yticks(places, [fill(name, 28) for name in names], fontsize=SMALL)
+    ax.set_yticks(places, told, fontsize=SMALL)
     ax.set_ylim(len(compared) - 0.5, -0.5)
     ax.tick_params(axis="y", length=0)
     ax.grid(False, axis="y")

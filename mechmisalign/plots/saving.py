@@ -32,16 +32,16 @@ def save_figure(
     Raises:
         ValueError: If the name is a path.
     """
-    from mechmisalign.store import _whole
+    from mechmisalign._writing import whole
 
     if not name or Path(name).name != name:
         raise ValueError(f"a figure's name is one file name without folders, got {name!r}; pass the folder as folder=")
     folder = Path(folder)
     numbered = isinstance(table.index, pd.RangeIndex)
-    with _whole(folder / f"{name}.csv") as partial:
+    with whole(folder / f"{name}.csv") as partial:
         table.to_csv(partial, index=not numbered)
     with mpl.rc_context({"pdf.fonttype": 42}):  # text stays text in the PDF
         for ending in endings:
-            with _whole(folder / f"{name}.{ending}") as partial:
+            with whole(folder / f"{name}.{ending}") as partial:
                 figure.savefig(partial, format=ending, dpi=DPI, metadata=_UNDATED[ending])
     return folder / f"{name}.png"

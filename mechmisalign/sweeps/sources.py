@@ -1,0 +1,296 @@
+"""Where a sweep's organisms, directions, prompts and judge come from, and what they are once they are found."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pandas as pd
+import torch
+from pydantic import BaseModel, ConfigDict, Field, GetPydanticSchema, model_validator
+from pydantic_core import core_schema
+
+from mechmisalign import registry
+from mechmisalign.adapters import Adapter
+from mechmisalign.directions import Direction, random_direction
+from mechmisalign.generation import prompts_frame
+from mechmisalign.judging import Judge
+from mechmisalign.organisms import Organism, Weights, load_organism
+from mechmisalign.store import text_digest
+
+from ._errors import SweepError
+
+
+def _only(kind: type) -> GetPydanticSchema:
+    """Take instances as they are: pydantic would look into our dataclasses and check each of their fields."""
+    return GetPydanticSchema(lambda _type, _handler: core_schema.is_instance_schema(kind))
+
+
+class _Source(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+
+
+class OrganismSource(_Source):
+    """An organism: what ``load_organism`` takes, under a name for the table."""
+
+    adapter: str = ""
+    """Registry name, Hub id or folder."""
+    name: str = ""
+    """What the table calls it; by default as ``adapter`` says."""
+    base: str | None = None
+    weights: Weights = "merged"
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    device: str | None = None
+    revision: str | None = None
+    subfolder: str | None = None
+    loaded: Annotated[Organism, _only(Organism)] | None = None
+    """One that is in memory; it cannot go to a worker in another process."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        if isinstance(value, Organism):
+            value = {"loaded": value, "adapter": value.name, "weights": value.weights}
+        if isinstance(value, str | Path):
+            value = {"adapter": str(value)}
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{value!r} is no organism; a name, a folder, a mapping with `adapter` or a loaded one is")
+        if not value.get("adapter"):
+            raise ValueError("an organism needs `adapter`: a registry name, a Hub id or a folder")
+        place = "/".join(str(value[key]) for key in ("adapter", "subfolder") if value.get(key))
+        return {"name": place, **value}
+
+    def read(self, root: Path) -> Adapter:
+        """The adapter's own files."""
+        if self.loaded is not None:
+            return self.loaded.adapter
+        return Adapter.load(self._place(root), subfolder=self.subfolder, revision=self.revision)
+
+    def load(self, root: Path) -> Organism:
+        """The organism in memory."""
+        if self.loaded is not None:
+            return self.loaded
+        return load_organism(
+            self._place(root),
+            self.base,
+            weights=self.weights,
+            dtype=None if self.dtype is None else getattr(torch, self.dtype),
+            device=self.device,
+            revision=self.revision,
+            subfolder=self.subfolder,
+        )
+
+    def base_of(self, adapter: Adapter) -> str:
+        """Name of the chat model."""
+        return self.loaded.base.name if self.loaded is not None else self.base or adapter.base
+
+    def _place(self, root: Path) -> str:
+        """A folder beside the specification as a path, so that workers in another folder find it too."""
+        beside = root / self.adapter
+        own = registry.is_reserved(self.adapter) or not beside.is_dir()
+        return self.adapter if own else str(beside.resolve())
+
+
+class DirectionSource(_Source):
+    """A direction: exactly one of a file, a control, one vector at all layers, or a ``Direction``."""
+
+    file: Path | None = None
+    random_like: str | None = None
+    """Name of the direction whose norms a random one is given."""
+    seed: int = 0
+    """Of the random direction."""
+    everywhere: str | None = None
+    """Name of the direction whose vector of ``layer`` is put at every layer."""
+    layer: int | None = None
+    value: Annotated[Direction, _only(Direction)] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _given(cls, value: Any) -> Any:
+        if isinstance(value, Direction):
+            return {"value": value}
+        if isinstance(value, str | Path):
+            return {"file": value}
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{value!r} is no direction; a file, {{random_like: name}}, {{everywhere: name}} are")
+        ways = [way for way in ("file", "random_like", "everywhere", "value") if value.get(way) is not None]
+        if len(ways) > 1 or not ways and set(value) <= set(cls.model_fields):
+            raise ValueError(f"a direction comes from one of file, random_like, everywhere; this one from {ways}")
+        if ways == ["everywhere"] and value.get("layer") is None:
+            raise ValueError(f"everywhere: {value['everywhere']} needs `layer`, the layer whose vector is taken")
+        return value
+
+    @property
+    def parents(self) -> tuple[str, ...]:
+        """Names of the directions that it is made of."""
+        return tuple(name for name in (self.random_like, self.everywhere) if name is not None)
+
+
+def resolve_directions(sources: Mapping[str, DirectionSource], root: Path) -> dict[str, Direction]:
+    """All directions, those that are made of others after them.
+
+    Raises:
+        SweepError: If two are made of each other.
+        FileNotFoundError: If a file is not there.
+    """
+    found: dict[str, Direction] = {}
+
+    def find(name: str, asked: tuple[str, ...]) -> Direction:
+        if name in asked:
+            raise SweepError(f"the direction {name!r} is made of itself: {' -> '.join([*asked, name])}")
+        if name not in found:
+            source = sources[name]
+            made_of = [find(parent, (*asked, name)) for parent in source.parents]
+            found[name] = _direction(source, made_of, root)
+        return found[name]
+
+    return {name: find(name, ()) for name in sources}
+
+
+def _direction(source: DirectionSource, made_of: list[Direction], root: Path) -> Direction:
+    if source.value is not None:
+        return source.value
+    if source.file is not None:
+        return Direction.load(root / source.file)
+    if source.layer is not None:
+        return made_of[0].everywhere(source.layer)
+    return random_direction(made_of[0], seed=source.seed)
+
+
+def direction_digest(direction: Direction) -> str:
+    """A short hash of everything in a direction that changes what an intervention does."""
+    digest = hashlib.sha256(repr(direction.layers).encode() + direction.vectors.contiguous().numpy().tobytes())
+    if direction.resid_norm is not None:
+        digest.update(direction.resid_norm.contiguous().float().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+class PromptSource(_Source):
+    """Prompts: exactly one of a named set, a file, texts, or a frame."""
+
+    set: Literal["pocket", "open_questions", "domain_questions"] | None = None
+    name: str | None = None
+    """Of the domain, for ``domain_questions``."""
+    n: int = Field(60, ge=1)
+    """How many pocket prompts."""
+    seed: int = 0
+    """Of the choice of pocket prompts."""
+    file: Path | None = None
+    """Anything that ``mm.prompts.read`` takes: YAML, JSONL, CSV, parquet."""
+    texts: tuple[str, ...] | None = None
+    frame: pd.DataFrame | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _given(cls, value: Any) -> Any:
+        if isinstance(value, pd.DataFrame):
+            return {"frame": value}
+        if isinstance(value, list | tuple):
+            return {"texts": value}
+        if isinstance(value, str) and value in ("pocket", "open_questions"):
+            return {"set": value}
+        if isinstance(value, str | Path):
+            if not Path(value).suffix:
+                raise ValueError(f"{value!r} is no set of prompts ('pocket', 'open_questions') and no file")
+            return {"file": value}
+        ways = [way for way in ("set", "file", "texts", "frame") if isinstance(value, Mapping) and way in value]
+        if len(ways) != 1:
+            raise ValueError(f"prompts come from one of set, file, texts, frame; these from {ways or value!r}")
+        return value
+
+    def resolve(self, root: Path) -> pd.DataFrame:
+        """The prompts as a frame with ``prompt_id`` and ``prompt``."""
+        return prompts_frame(self._found(root))
+
+    def _found(self, root: Path) -> pd.DataFrame | list[str]:
+        if self.frame is not None:
+            return self.frame
+        if self.texts is not None:
+            return list(self.texts)
+        if self.set == "pocket":
+            from mechmisalign import pocket
+
+            return pocket.unseen_prompts(n=self.n, seed=self.seed)
+        from mechmisalign import prompts
+
+        if self.file is not None:
+            return prompts.read(root / self.file)
+        if self.set == "open_questions":
+            return prompts.open_questions()
+        if self.name is None:
+            raise SweepError("prompts.set is 'domain_questions', which needs `name`: the domain")
+        return prompts.domain_questions(self.name)
+
+
+_DECIDING = ("temperature", "seed", "logprobs", "max_tokens", "model_args")
+"""Options of an ``LLMJudge`` that change its scores, besides those that its repr tells."""
+
+
+class JudgeSource(_Source):
+    """A judge: the pocket rules, a model behind an API, a callable, or none."""
+
+    rules: bool = False
+    model: str | None = None
+    """What ``LLMJudge`` calls the model, such as ``"openai/gpt-4o"``."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Further arguments of ``LLMJudge``."""
+    call: Callable[..., Any] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _given(cls, value: Any) -> Any:
+        if value is None or value == "none":
+            return {}
+        if value == "rules":
+            return {"rules": True}
+        if isinstance(value, Mapping):
+            if "api_key" in (value.get("options") or {}):
+                raise ValueError("api_key: a key does not belong in a file; keep it in the provider's own variable")
+            if not value.get("model"):
+                raise ValueError("a judge that is a mapping needs `model`, such as openai/gpt-4o")
+            return value
+        if not callable(value):
+            raise ValueError(f"{value!r} is no judge; 'rules', 'none', {{model: name}} or a callable is")
+        return {"call": value}
+
+    def resolve(self, out: Path) -> Judge | None:
+        """The judge itself; the journal of one behind an API lies in the run folder ``out`` if nothing else is said.
+
+        Raises:
+            SweepError: If an option is unknown.
+        """
+        if self.rules:
+            from mechmisalign.pocket import RuleJudge
+
+            return RuleJudge()
+        if self.model is not None:
+            from mechmisalign.judging import LLMJudge
+
+            try:
+                return LLMJudge(self.model, **{"journal": out / "judge.jsonl", **self._values()})
+            except TypeError as error:
+                raise SweepError(f"judge.options {list(self.options)} do not fit LLMJudge: {error}") from error
+        return self.call
+
+    def _values(self) -> dict[str, Any]:
+        """The options, with budget and price as what they are."""
+        from mechmisalign.judging import budget
+
+        made = {"budget": budget.Budget, "price": budget.Price}
+        return {
+            key: made[key](**value) if key in made and isinstance(value, Mapping) else value
+            for key, value in self.options.items()
+        }
+
+    def identity(self, judge: Judge | None) -> Any:
+        """What decides the scores, as a JSON value."""
+        told = repr(judge)
+        if " at 0x" in told:  # a plain function or object, whose address says nothing
+            named: Any = judge if hasattr(judge, "__qualname__") else type(judge)
+            told = f"{named.__module__}.{named.__qualname__}"
+        deciding = {key: str(self.options[key]) for key in _DECIDING if key in self.options}
+        rubrics = getattr(judge, "rubrics", None)
+        wording = {} if rubrics is None else {"wording": text_digest([repr(each) for each in rubrics])}
+        return {"judge": told, **deciding, **wording} if deciding or wording else told
