@@ -48,8 +48,6 @@ MANIFEST = "manifest.json"
 SCHEMA = 1
 _PACKAGES = ("mechmisalign", "torch", "transformers", "transformer-lens", "peft", "scikit-learn", "numpy", "pandas")
 
-_whole = whole
-
 
 class RunFolder:
     """A folder that can be left and taken up again at any moment.
