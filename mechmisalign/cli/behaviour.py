@@ -1,0 +1,92 @@
+"""Commands about behaviour: judging answers, sweeping a grid of conditions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from .console import console, show, told_errors, told_warnings
+
+
+def judge(
+    answers: Annotated[Path, typer.Argument(help="A .parquet, .csv or .jsonl with the columns prompt and response.")],
+    model: Annotated[
+        str, typer.Option(help="Inspect's name of a model, local:FOLDER, or rules (the pocket world's).")
+    ] = "openai/gpt-4o",
+    out: Annotated[Path, typer.Option(help="Where the judged answers go.")] = Path("judged.parquet"),
+    rubrics: Annotated[str, typer.Option(help="Names, with commas between.")] = "alignment,coherence",
+    journal: Annotated[Path, typer.Option(help="File of all calls; what is in it is not asked again.")] = Path(
+        "judgements.jsonl"
+    ),
+    base_url: Annotated[str | None, typer.Option(help="An OpenAI-compatible server.")] = None,
+    budget: Annotated[float | None, typer.Option(help="Dollars to stop at.")] = None,
+    max_calls: Annotated[int | None, typer.Option(help="Calls to stop at.")] = None,
+    connections: Annotated[int, typer.Option(help="Calls in flight.")] = 32,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Tell what it would take, and ask nothing.")] = False,
+) -> None:
+    """Have a judge score answers; prints what it will take, then the rates. A run that died goes on where it was."""
+    with told_errors(), told_warnings():
+        from mechmisalign import judging
+        from mechmisalign.judging.files import read_answers, refuse_unwritable, write_answers
+
+        refuse_unwritable(out)
+        frame, names = read_answers(answers), [name.strip() for name in rubrics.split(",")]
+        with_judge: Any
+        if model == "rules":
+            from mechmisalign.pocket.judge import RuleJudge
+
+            with_judge, estimate = RuleJudge(), f"{len(frame):,} answers, no calls to make"
+        elif model.startswith("local:"):
+            with_judge = judging.LocalJudge(model.removeprefix("local:"), rubrics=names, journal=journal)
+            estimate = str(with_judge.estimate(frame))
+        else:
+            limits = judging.Budget(dollars=budget, calls=max_calls)
+            with_judge = judging.LLMJudge(
+                model, names, base_url=base_url, journal=journal, budget=limits, max_connections=connections
+            )
+            estimate = str(with_judge.estimate(frame))
+        console.print(estimate, highlight=False)
+        if dry_run:
+            return
+        judged = with_judge(frame)
+        write_answers(judged, out)
+        console.print(f"judged answers: [bold]{out}[/bold]")
+        if {"alignment", "coherence"} <= set(judged.columns):
+            if "prompt_id" not in judged.columns:
+                judged = judged.assign(prompt_id=judged["prompt"])
+            by = [name for name in ("condition",) if name in judged.columns]
+            table = judging.rates(judged, by=by)
+            columns = [*by, "rate", "low", "high", "coherent", "aligned", *judging.UNSCORED, "n", "prompts"]
+            show(table[[name for name in columns if name in table.columns]], "rates, with 95 % intervals by prompt")
+
+
+def sweep(
+    spec: Annotated[Path, typer.Argument(help="A YAML file with the grid; see examples/sweep.yaml.")],
+    out: Annotated[Path, typer.Option(help="Run folder; an unfinished or smaller run in it goes on.")] = Path("sweep"),
+    executor: Annotated[Literal["local", "ray"], typer.Option(help="This process, or workers on a cluster.")] = "local",
+    address: Annotated[str | None, typer.Option(help="Of a Ray cluster; auto finds one that runs here.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Ray workers; by default as many as there is room for.")] = None,
+    gpus_per_worker: Annotated[float, typer.Option(help="GPUs that each reserves.")] = 0.0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Tell how much there is to do, and do nothing.")] = False,
+) -> None:
+    """Sample and judge every condition of a grid into one table; prints the rates. A run that died goes on."""
+    with told_errors():
+        from mechmisalign import sweeps
+
+        grid = sweeps.Sweep.read(spec)
+        console.print(str(sweeps.status(grid, out)), highlight=False)
+        if dry_run:
+            return
+        by_ray = sweeps.RayExecutor(address, workers, gpus_per_worker=gpus_per_worker)
+        result = sweeps.sweep(grid, out, executor=by_ray if executor == "ray" else executor)
+        if result.is_judged:
+            found = result.rates()
+            shown = found[["condition"]].assign(
+                EM=[f"{row.rate:.1%} [{row.low:.1%}, {row.high:.1%}]" for row in found.itertuples()],
+                coherent=[f"{share:.1%}" for share in found["coherent"]],
+                n=found["n"],
+            )
+            show(shown, "EM rate with 95 % interval by prompt")
+    console.print(f"answers: [bold]{out}[/bold], read by mechmisalign.sweeps.SweepResult.read")
