@@ -1,8 +1,9 @@
 """The Hugging Face attention inside a TransformerBridge, while nobody looks into it.
 
-TransformerBridge computes attention step by step, so that scores and pattern have hook points: keys and values of grouped
-heads are copied for each head, and the whole pattern is held. A pass in which none of those points is hooked can use
-the library's own fused kernel instead; the hook points around the four matrices, and all others, fire as before.
+TransformerBridge computes attention step by step, so that scores and pattern have hook points: keys and values of
+grouped heads are copied for each head, and the whole pattern is held. A pass in which none of those points is hooked
+can use the library's own fused kernel instead; the hook points around the four matrices, and all others, fire as
+before.
 """
 
 from __future__ import annotations
