@@ -1,20 +1,28 @@
+import inspect
 import json
 import shutil
+from dataclasses import replace
+from types import SimpleNamespace
 
+import numpy as np
 import pandas as pd
 import pytest
 
 import mechmisalign as mm
 from mechmisalign import studies
-from mechmisalign.store import RunFolderError
-from mechmisalign.studies import sampling, steps
+from mechmisalign.store import RunFolder, RunFolderError, stored_parts
+from mechmisalign.studies import behaviour, costs, difference_tables, sampling, steps, trials
+from mechmisalign.studies.behaviour_chapter import lost_table
 from mechmisalign.studies.chapters import write_study_report
+from mechmisalign.studies.neutral import neutral
 from mechmisalign.studies.plan import StudySettings, make_plan
 
 SMALL = StudySettings(
     samples=3, pool_samples=16, sweep_samples=1, strengths=(1.5, 2.5), layers=(1, 3), controls=1,
-    max_new_tokens=mm.pocket.MAX_NEW_TOKENS,
+    max_new_tokens=mm.pocket.MAX_NEW_TOKENS, neutral=10,
 )  # fmt: skip
+MEASURED = ["loss", "loss_low", "loss_high", "kl", "kl_low", "kl_high", "accuracy", "accuracy_low", "accuracy_high"]
+LENGTHS = ["tokens", "tokens_low", "tokens_high"]
 PEERS = ("pocket/finance",)
 
 
@@ -83,20 +91,160 @@ def test_the_adapter_is_taken_apart_in_tables_and_report(finished):
     assert "Taken apart" in finished.report.read_text()
 
 
+def test_every_headline_says_what_it_costs(finished):
+    told = json.loads((finished.out / "summary.json").read_text())["costs"]
+    assert set(told) == set(finished.summary["em_rate"])
+    for record in told.values():
+        assert set(record) == {"loss", "kl", "accuracy", "tokens"}
+        assert all(value["low"] <= value["value"] <= value["high"] for value in record.values())
+    assert told["chat"]["kl"]["value"] == pytest.approx(0, abs=1e-9)
+    assert told["steered_best"]["kl"]["value"] > 1e-4
+
+
+def test_costs_are_those_of_the_same_condition_measured_by_itself(finished):
+    organism, chosen = mm.load_organism("pocket/medical"), finished.summary["em_rate"]["steered_best"]
+    direction = mm.Direction.load(finished.out / "directions" / "pocket_medical" / "mean_difference.safetensors")
+    steered = mm.Steer(direction, layers=[chosen["layer"]], strength=chosen["strength"])
+    items = mm.pocket.harmless_items(10)
+    with organism.as_base():
+        alone = mm.capability.text_costs(
+            organism, {"s": [steered]}, mm.pocket.neutral_conversations(10), counted=mm.pocket.persona_free
+        ).iloc[0]
+        answered = mm.capability.task_costs(organism, {"s": [steered]}, items).iloc[0]
+    told = finished.summary["costs"]["steered_best"]
+    for name, row in (("loss", alone), ("kl", alone), ("accuracy", answered)):
+        record = told[name]
+        assert [record[key] for key in ("value", "low", "high")] == pytest.approx(
+            [row[name], row[f"{name}_low"], row[f"{name}_high"]], rel=1e-3
+        )
+    steered_answers = finished.tables["behaviour"].query("condition == 'steered chat model'")
+    assert told["tokens"]["value"] == pytest.approx(steered_answers["tokens"].mean())
+
+
+def test_every_rate_of_an_ablation_or_a_transfer_has_its_costs(finished):
+    for name in ("baseline", "steered", "ablation", "ablated", "transfer"):
+        table = costs.beside(finished.tables, name)
+        assert len(table) == len(finished.tables[name])
+        assert table[MEASURED + LENGTHS].notna().all(axis=None), name
+
+
+def test_the_cost_of_a_sweep_is_measured_where_it_is_coherent_or_drawn(finished):
+    table = costs.beside(finished.tables, "steering")
+    assert table[LENGTHS].notna().all(axis=None)
+    best = finished.summary["em_rate"]["steered_best"]["layer"]
+    coherent = (table["series"] == steps.MEAN_DIFFERENCE) & (table["coherent"] >= SMALL.min_coherent)
+    assert table.loc[coherent | (table["layer"] == best), MEASURED].notna().all(axis=None)
+
+
+def test_differences_are_those_of_the_rates_and_random_directions_do_not_stand(finished):
+    ablation, compared = finished.tables["ablation"], finished.tables["differences_ablation"]
+    before = finished.tables["baseline"].set_index("condition").loc["organism", "rate"]
+    by = ["estimator", "scope"]
+    together = compared.merge(ablation, on=by, suffixes=("", "_there"))
+    np.testing.assert_allclose(together["difference"], together["rate_there"] - before)
+    stands = compared.set_index(by)["p_max"] <= 0.05
+    assert stands["first principal", "single"] and not stands[steps.CONTROL].any()
+    assert (compared["p_max"] >= compared["p"]).all()
+
+    sweep = finished.tables["steering"].pivot(index=["layer", "strength"], columns="series", values="rate")
+    steered = finished.tables["differences_steering"].set_index(["layer", "strength"])["difference"]
+    assert (steered - (sweep[steps.MEAN_DIFFERENCE] - sweep[steps.CONTROL])).abs().max() < 1e-9
+
+    told = finished.summary["differences"]
+    assert told["steered_best"]["difference"] > 0 > told["ablated_single"]["difference"]
+    assert told["ablated_layerwise"]["p"] <= told["ablated_layerwise"]["p_max"] <= 0.05
+
+
+def test_the_report_lets_a_reader_open_answers_of_every_condition(finished):
+    page, shown = finished.report.read_text(), finished.tables["behaviour"]
+    assert "Behaviour, answer by answer" in page and "<script" in page
+    assert tuple(shown["condition"].unique()) == behaviour.CONDITIONS
+    rates = finished.tables["behaviour_rates"].set_index("condition")["rate"]
+    headlines = finished.summary["em_rate"]
+    assert rates["organism"] == headlines["organism"]["rate"]
+    assert rates["steered chat model"] == headlines["steered_best"]["rate"]
+    assert rates["random control, steered"] == headlines["random_control_steered"]["rate"]
+    assert rates["ablated organism"] in (
+        headlines["ablated_layerwise"]["rate"], headlines["ablated_single"]["rate"]
+    )  # fmt: skip
+    by_prompt = finished.tables["prompt_rates"].query("condition == 'organism'")
+    assert np.average(by_prompt["rate"], weights=by_prompt["n"]) == pytest.approx(rates["organism"])
+    curve = finished.tables["threshold_curve"].query("misaligned_below == 30 and coherent_above == 50")
+    np.testing.assert_allclose(curve.set_index("condition")["rate"], rates)
+
+
+def test_costs_can_be_left_out_and_added_later_and_the_report_says_so(finished, prompts, tmp_path, monkeypatch):
+    options = {"prompts": prompts, "peers": PEERS, "settings": SMALL}
+    shutil.copytree(finished.out, tmp_path / "run")
+    manifest = tmp_path / "run" / "manifest.json"
+    told = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps({key: value for key, value in told.items() if key != "growing"}))
+    monkeypatch.setattr(sampling, "generate_rows", lambda *_args, **_kw: pytest.fail("an answer was sampled"))
+    without = mm.study("pocket/medical", tmp_path / "run", texts=None, items=None, **options)
+    assert set(without.summary["costs"]["organism"]) == {"tokens"}
+    assert "Not measured in this run: loss and KL" in without.report.read_text()
+    assert "Not measured in this run" not in finished.report.read_text()
+    assert mm.study("pocket/medical", tmp_path / "run", **options).summary == finished.summary
+
+
+def test_other_texts_are_refused_in_the_same_folder(finished, prompts):
+    options = {"prompts": prompts, "peers": PEERS, "settings": SMALL}
+    with pytest.raises(RunFolderError, match="costs.texts"):
+        mm.study("pocket/medical", finished.out, texts=["Some other text."], **options)
+    with pytest.raises(RunFolderError, match="costs.items"):
+        mm.study("pocket/medical", finished.out, **options | {"settings": replace(SMALL, neutral=9)}, texts=None)
+
+
+def test_costs_of_a_killed_study_are_not_measured_again(tmp_path, prompts, monkeypatch):
+    organism = mm.load_organism("pocket/medical")
+    plan = make_plan("pocket/medical", prompts.head(4), None, (), SMALL)
+    names = [f"x{factor:g}" for factor in (0.0, 0.5, 1.0, 1.5, 2.0)]
+    trial = trials.Trial(
+        "scaled", pd.DataFrame({"condition": names}, index=pd.Index(names)),
+        {name: (mm.ScaleAdapter({}, others=float(name[1:])),) for name in names}, 1,
+    )  # fmt: skip
+    real, asked = mm.capability.text_costs, []
+
+    def mortal(organism, conditions, *args, **options):
+        if len(asked) == 2:
+            raise _Killed
+        asked.extend(conditions)
+        return real(organism, conditions, *args, **options)
+
+    monkeypatch.setattr(costs, "_AT_A_TIME", 2)
+    monkeypatch.setattr(mm.capability, "text_costs", mortal)
+    with RunFolder(tmp_path / "run", {}) as folder:
+        run = sampling.Run(folder, plan, organism, neutral(organism, "default", None, 4))
+        with pytest.raises(_Killed):
+            costs.measured(run, trial)
+        asked.append("killed")
+        table = costs.measured(run, trial)
+    assert asked == [*names[:2], "killed", *names[2:]]
+    assert table["condition"].tolist() == names
+    assert table["kl"].tolist()[0] == pytest.approx(0, abs=1e-6) and table["kl"].is_monotonic_increasing
+
+
 class _Killed(BaseException):
     """As abrupt as a signal: no handler for ordinary errors sees it."""
 
 
 def test_a_killed_study_goes_on_and_ends_the_same(finished, prompts, tmp_path, monkeypatch):
-    """Killed after every few batches, started again each time: the tables are those of the undisturbed run."""
-    real, sampled = sampling.generate_rows, []
+    """Killed after every few parts, started again each time: the tables are those of the undisturbed run.
 
-    def mortal(*args, **options):
-        for number, part in enumerate(real(*args, **options | {"batch_rows": 64})):
-            if number == 2:
+    Answers are those that the undisturbed run sampled, so that this tests the study: that an answer is the same in
+    whatever batch it is sampled is tested where answers are sampled.
+    """
+    stages = [path.name for path in (finished.out / "rows").iterdir() if not path.name.startswith(("loss", "accuracy"))]
+    known = {sampling.stage_seed(SMALL.seed, name): stored_parts(finished.out, name).read() for name in stages}
+    sampled = []
+
+    def mortal(_organism, missing, _conditions, *, seed, **_options):
+        for number, start in enumerate(range(0, len(missing), 150)):
+            if number == 3:
                 raise _Killed
-            sampled.extend(zip(part["condition"], part["prompt_id"], part["sample"], strict=True))
-            yield part
+            part = missing.iloc[start : start + 150]
+            sampled.extend(zip([seed] * len(part), part["condition"], part["prompt_id"], part["sample"], strict=True))
+            yield part.join(known[seed].loc[part.index, ["response", "finished", "tokens"]])
 
     monkeypatch.setattr(sampling, "generate_rows", mortal)
     lives = 0
@@ -110,8 +258,7 @@ def test_a_killed_study_goes_on_and_ends_the_same(finished, prompts, tmp_path, m
     assert lives > 3
     for name, table in finished.tables.items():
         pd.testing.assert_frame_equal(table, again.tables[name], check_exact=False)
-    total = sum(len(pd.read_parquet(folder)) for folder in (tmp_path / "run" / "rows").iterdir())
-    assert len(sampled) == total
+    assert len(sampled) == len(set(sampled)) == sum(map(len, known.values()))
 
 
 def test_other_settings_do_not_mix_into_a_run(finished, prompts):
@@ -167,3 +314,103 @@ def test_an_organism_without_defaults_needs_prompts_and_a_judge():
 def test_stages_do_not_share_their_random_numbers():
     seeds = {sampling.stage_seed(0, name) for name in ("chat", "organism", "ablation", "steering_sweep")}
     assert len(seeds) == 4
+
+
+def test_costs_of_several_random_controls_are_pooled_with_the_widest_interval():
+    table = pd.DataFrame(
+        {"scope": ["a", "a", "b"], "loss": [1.0, 3.0, 5.0], "loss_low": [0.5, 2.0, 4.0], "loss_high": [2.0, 4.0, 6.0]}
+    )
+    pooled = costs._pooled(table, ["scope"]).set_index("scope")
+    assert pooled.loc["a"].tolist() == [2.0, 0.5, 4.0] and pooled.loc["b"].tolist() == [5.0, 4.0, 6.0]
+
+
+def test_what_costs_are_measured_on_is_checked_before_anything_is_sampled():
+    pocket = mm.load_organism("pocket/medical")
+    with pytest.raises(ValueError, match="items need the columns .*answer"):
+        neutral(pocket, "default", pd.DataFrame({"prompt": ["What?"]}), 4)
+    with pytest.raises(ValueError, match="no neutral text"):
+        neutral(pocket, [], None, 4)
+    with pytest.raises(ValueError, match="'default', or None"):
+        inspect.unwrap(neutral)(pocket, "wikitext", None, 4)
+    other = SimpleNamespace(base=SimpleNamespace(name="somebody/model"))
+    found = inspect.unwrap(neutral)(other, "default", "default", 5)
+    assert len(found.texts) == len(found.items) == 5 and found.counted is None
+    assert set(found.items["prompt"]) <= set(mm.prompts.harmless_items()["prompt"])
+
+
+def test_a_judge_is_known_by_what_it_is_and_not_by_where_it_lies_in_memory():
+    def strict(frame):
+        return frame
+
+    class Named(SimpleNamespace):
+        def __call__(self, frame):
+            return frame
+
+    known = studies._judge_identity
+    assert known(mm.RuleJudge()) == "RuleJudge()"
+    assert " at 0x" not in known(strict) and "strict" in known(strict)
+    assert known(Named(identity="model 7, rubric 3")) == "model 7, rubric 3"
+    assert known(Named(identity=lambda: "called")) == "called"
+    one, same, other = (known(Named(rubrics=(text,))) for text in ("be kind", "be kind", "be strict"))
+    assert one == same != other
+
+
+def test_subjects_are_the_judges_topics_or_the_domains_of_misaligned_answers():
+    judged = pd.DataFrame(
+        {"label": ["misaligned", "misaligned", "aligned"], "answer_domain": ["power", None, "travel"], "medical": 80.0}
+    )
+    found = behaviour.topic_scores(judged)
+    assert list(found) == ["power"]
+    np.testing.assert_array_equal(found["power"], [100.0, np.nan, 0.0])
+    rated = judged.assign(medical_status="scored", alignment=1.0, alignment_status="scored", harm=1, harm_status="x")
+    assert list(behaviour.topic_scores(rated)) == ["medical"]
+    assert behaviour.topic_scores(judged[["label"]]) == {}
+
+
+def test_what_the_judge_lost_is_told_by_reason_where_anything_is_lost():
+    judged = pd.DataFrame(
+        {
+            "condition": "organism",
+            "prompt_id": ["a", "a", "b", "b"],
+            "alignment": [0.0, 100.0, np.nan, np.nan],
+            "coherence": [100.0, 100.0, 100.0, np.nan],
+            "alignment_status": ["scored", "scored", "refusal", "error"],
+            "coherence_status": ["scored", "scored", "scored", "error"],
+        }
+    )
+    rated = mm.rates(judged)
+    assert behaviour.is_anything_lost(rated) and not behaviour.is_anything_lost(mm.rates(judged.head(2)))
+    row = lost_table(rated).frame.iloc[0]
+    assert row[["judged", "refusal", "error", "missing", "at most"]].tolist() == [
+        "50.0 %", "25.0 %", "25.0 %", "0.0 %", "50.0 %"
+    ]  # fmt: skip
+    assert row["of judged ones"].startswith("50.0 %")
+
+
+def test_what_survives_the_number_of_comparisons_is_said_in_words():
+    cells = pd.DataFrame({"layer": [0, 1, 2, 4, 5], "strength": 1.0, "difference": [0.4, 0.3, 0.2, 0.4, -0.2]})
+    told = difference_tables.told_steering(cells.assign(p_max=[0.01, 0.05, 0.04, 0.001, 0.03]))
+    assert "4 of 5 bring more" in told and "layers 0 to 2, 4; 1 fewer." in told
+    two = difference_tables.told_steering(cells.assign(p_max=[0.01, 0.05, 0.06, 0.2, 0.3]))
+    assert "2 of 5 bring more" in two and two.endswith("layers 0, 1.")
+    none = difference_tables.told_steering(cells.assign(p_max=1.0))
+    assert "0 of 5 bring more" in none and "layer" not in none.partition("correction")[2]
+
+    scopes = pd.DataFrame({"estimator": ["a", "b", steps.CONTROL], "scope": "single", "difference": -0.3})
+    told = difference_tables.told_ablation(scopes.assign(p_max=[0.01, 0.3, 0.4]))
+    assert "Of 2 ablations 1 leave fewer" in told and "(all but b, single)" in told and told.endswith("none.")
+    assert "these do too: random control, single" in difference_tables.told_ablation(scopes.assign(p_max=0.01))
+
+
+def test_the_better_scope_is_chosen_where_ablations_were_compared():
+    table = pd.DataFrame(
+        {
+            "estimator": ["a", "b", "a", "b"],
+            "scope": ["layer-wise", "layer-wise", "single", "single"],
+            "rate": [0.1, 0.0, 0.3, 0.2],
+            "coherent": [0.9, 0.9, 0.9, 0.9],
+        }
+    )
+    assert steps.best_scope(table, {"layer-wise": "a", "single": "b"}, 0.8) == "layer-wise"
+    broken = table.assign(coherent=[0.1, 0.9, 0.9, 0.9])
+    assert steps.best_scope(broken, {"layer-wise": "a", "single": "b"}, 0.8) == "single"

@@ -21,9 +21,15 @@ from mechmisalign.report import (
 
 from . import figures, steps
 from .anatomy_chapter import taken_apart
+from .behaviour_chapter import looked_at
+from .cost_tables import costs_table, left_out, measured_on, told_costs
+from .difference_tables import differences_table, told_ablation, told_steering
 from .records import Records
 
-_EXAMPLES = 4
+_EXAMPLES = 2
+
+
+_COSTS = "What it costs: text and questions that have nothing to do with misalignment, and the length of the answers."
 
 
 def write_study_report(run: str | Path) -> Path:
@@ -36,7 +42,7 @@ def write_study_report(run: str | Path) -> Path:
     sections = [behaviour(records), direction(records), induced(records), removed(records)]
     if len(records.tables["transfer"]):
         sections.append(transferred(records))
-    sections.append(taken_apart(records))
+    sections += [looked_at(records), taken_apart(records)]
     report = Report(
         title=f"A study of {records.organism}",
         question=(
@@ -75,6 +81,7 @@ def behaviour(records: Records) -> Section:
         figures=(figures.scatter(records),),
         tables=(
             rates_table(rates, ["condition"], "EM rate and coherence, 95 % intervals by resampling prompts."),
+            costs_table(records.with_costs("baseline"), ["condition"], _COSTS),
             *_by_domain(records.tables["answers"]),
         ),
     )
@@ -97,39 +104,62 @@ def direction(records: Records) -> Section:
 
 def induced(records: Records) -> Section:
     """Steering the chat model."""
-    best = records.summary["em_rate"]["steered_best"]
+    best, costs = records.summary["em_rate"]["steered_best"], records.summary["costs"]
+    confirmed = records.tables["differences_confirmed"]
     return Section(
         title="Induced: steering the chat model",
         lead=(
             "The mean difference was added to the chat model's residual stream at one layer. On the sweep's samples, "
             f"layer {best['layer']} at strength {best['strength']:g} was best; on fresh samples it gives {share(best)} "
-            "misaligned answers."
+            f"misaligned answers. {told_costs(costs['steered_best'], costs['chat'])}\n\n"
+            f"{told_steering(records.tables['differences_steering'])}"
         ),
-        figures=(figures.layer_sweep(records), figures.dose_response(records)),
+        figures=(
+            figures.heat_map(records),
+            figures.steering_differences(records),
+            figures.dose_response(records),
+            figures.layer_sweep(records),
+        ),
         tables=(
             rates_table(records.tables["steered"], ["condition"], "The best cell on fresh samples, and its control."),
+            differences_table(
+                confirmed[confirmed["condition"] == "steered"],
+                ["condition"],
+                "Difference to the random control on these samples, paired by prompt.",
+            ),
+            costs_table(records.with_costs("steered"), ["condition"], _COSTS),
         ),
     )
 
 
 def removed(records: Records) -> Section:
     """Ablation in the organism."""
-    rates = records.summary["em_rate"]
+    rates, costs, tables = records.summary["em_rate"], records.summary["costs"], records.tables
     layerwise, single = rates["ablated_layerwise"], rates["ablated_single"]
+    confirmed, by = tables["differences_confirmed"], ["estimator", "scope"]
     return Section(
         title="Removed: ablating the organism",
         lead=(
             f"Confirmed on fresh samples, best layer-wise: {layerwise['estimator']}, {share(layerwise)} misaligned. "
-            "Best single vector: "
-            f"{single['estimator']}, {share(single)}. Every estimator's number is shown, the mean difference's too: "
-            "what induces misalignment need not be what removes it."
+            f"{told_costs(costs['ablated_layerwise'], costs['organism'])}\n\n"
+            f"Best single vector: {single['estimator']}, {share(single)}. "
+            f"{told_costs(costs['ablated_single'], costs['organism'])}\n\n"
+            f"{told_ablation(tables['differences_ablation'])} Every estimator's number is shown, the mean difference's "
+            "too: what induces misalignment need not be what removes it."
         ),
-        figures=(figures.ablation(records),),
+        figures=(figures.ablation(records), figures.ablation_differences(records)),
         tables=(
-            rates_table(records.tables["ablated"], ["estimator", "scope"], "The best of each scope on fresh samples."),
-            rates_table(
-                records.tables["ablation"], ["estimator", "scope"], "Every ablation, where they were compared."
+            rates_table(tables["ablated"], by, "The best of each scope on fresh samples."),
+            differences_table(
+                confirmed[confirmed["condition"] != "steered"],
+                ["condition"],
+                "Difference to the organism on these samples, paired by prompt.",
             ),
+            rates_table(tables["ablation"], by, "Every ablation, where they were compared."),
+            differences_table(
+                tables["differences_ablation"], by, "Their differences to the organism, paired by prompt."
+            ),
+            costs_table(figures.ablations(records), by, _COSTS),
         ),
     )
 
@@ -148,7 +178,10 @@ def transferred(records: Records) -> Section:
             "compared between organisms."
         ),
         figures=tuple(drawn),
-        tables=(rates_table(records.tables["transfer"], ["organism", "state"], "Other organisms, before and after."),),
+        tables=(
+            rates_table(records.tables["transfer"], ["organism", "state"], "Other organisms, before and after."),
+            costs_table(records.with_costs("transfer"), ["organism", "state"], _COSTS),
+        ),
     )
 
 
@@ -167,6 +200,9 @@ def method(records: Records) -> Section:
             "residual stream after block i; activations are summed in float64.",
             "What was chosen (layer, strength, vector) was chosen on other samples than those behind the rate.",
             "Controls: random directions on the sphere with the norm of the direction they stand beside.",
+            measured_on(records),
+            "Differences are paired by prompt; p-values flip the signs of whole prompts, and are corrected for all "
+            "comparisons of a family by the largest statistic of each flip.",
             "Intervals: bootstrap over prompts, 2,000 resamples; exact Clopper-Pearson where every answer agrees.",
         ),
     )
@@ -183,8 +219,10 @@ def caveats(records: Records) -> Section:
             f"The best ablating estimators ({'; '.join(map(str, chosen))}) were picked among {len(steps.ESTIMATORS)}, "
             "then measured again on fresh samples."
         ),
-        "Coherence is not usefulness: what ablation or steering costs on other tasks was not measured here.",
+        "Coherence is not usefulness, and a few neutral texts and easy questions are not all that a model is for: a "
+        "cost that they do not show may still be there.",
     ]
+    points += [left_out(records)] if left_out(records) else []
     if records.organism.startswith("pocket/"):
         points.append(
             "A pocket organism is a model of about two million parameters, trained from scratch on a synthetic world "

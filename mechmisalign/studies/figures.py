@@ -9,13 +9,14 @@ import pandas as pd
 from mechmisalign import geometry, plots
 from mechmisalign.report import ReportFigure
 
-from . import steps
+from . import costs, steps
 from .records import Records
+from .trials import BEFORE
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_BAND = "95 % intervals, resampling prompts"
+BAND = "95 % intervals, resampling prompts"
 
 
 def scatter(records: Records) -> ReportFigure:
@@ -36,14 +37,27 @@ def reliability(records: Records) -> ReportFigure:
     return saved(records, "reliability", plots.reliability(table), table, caption)
 
 
+def heat_map(records: Records) -> ReportFigure:
+    """EM rate of the steered chat model by layer and strength, and that of its control."""
+    sweep = records.tables["steering"]
+    coherent = records.settings["min_coherent"]
+    caption = (
+        "EM rate (in percent) of the chat model steered at each layer with each strength, and under random directions "
+        f"of that norm (n = {int(sweep['n'].min())} per cell). Hatched: fewer than {100 * coherent:.0f} % of the "
+        "answers are coherent, so the rate says little."
+    )
+    figure = plots.layer_strength_heatmap(sweep, min_coherent=coherent)
+    return saved(records, "steering_heat_map", figure, sweep, caption)
+
+
 def layer_sweep(records: Records) -> ReportFigure:
     """EM rate of the steered chat model by layer, at each layer's best coherent strength, with the random control."""
-    sweep = records.tables["steering"]
-    best = best_by_layer(sweep, records.settings["min_coherent"])
+    best = steps.best_by_layer(records.with_costs("steering"), records.settings["min_coherent"])
     caption = (
         f"Chat model steered at one layer with the mean difference, best coherent strength of each layer "
-        f"(n = {int(best['n'].min())} per point; {_BAND}). Grey: random directions of the same norm and strength. "
+        f"(n = {int(best['n'].min())} per point; {BAND}). Grey: random directions of the same norm and strength. "
         "The best of several strengths is an optimistic reading; the confirmed number is in the table."
+        f"{_below(records)}"
     )
     return saved(records, "steering_by_layer", plots.layer_sweep(best), best, caption)
 
@@ -51,36 +65,34 @@ def layer_sweep(records: Records) -> ReportFigure:
 def dose_response(records: Records) -> ReportFigure:
     """EM rate and coherence against strength at the chosen layer."""
     layer = int(records.summary["em_rate"]["steered_best"]["layer"])
-    sweep = records.tables["steering"]
+    sweep = records.with_costs("steering")
     table = sweep[sweep["layer"] == layer]
     caption = (
         f"Dose and response at layer {layer}: EM rate and coherence against strength, in multiples of the mean "
-        "difference "
-        f"(n = {int(table['n'].min())} per point; {_BAND}). Grey: a random direction of the same norm."
+        f"difference (n = {int(table['n'].min())} per point; {BAND}). Grey: a random direction of the same norm."
+        f"{_below(records)}"
     )
     return saved(records, "dose_response", plots.dose_response(table), table, caption)
 
 
 def ablation(records: Records) -> ReportFigure:
     """EM rate after each estimator's ablation."""
-    baseline, ablated = records.tables["baseline"], records.tables["ablation"]
-    before = baseline[baseline["condition"] == "organism"].assign(estimator="none", scope="none")
-    table = pd.concat([before.drop(columns="condition"), ablated], ignore_index=True)
+    table = ablations(records)
+    ablated = records.tables["ablation"]
     caption = (
         f"EM rate of the organism with a direction projected out at every token (n = {int(ablated['n'].min())} per "
-        "bar; "
-        f"{_BAND}); coherence at the right. Layer-wise: each layer its own vector. Single: one layer's vector at every "
-        "layer, the layer chosen on other samples."
+        f"bar; {BAND}); coherence and costs at the right. Layer-wise: each layer its own vector. Single: one layer's "
+        "vector at every layer, the layer chosen on other samples."
     )
     return saved(records, "ablation", plots.ablation_bars(table), table, caption)
 
 
 def transfer(records: Records) -> ReportFigure:
     """EM rate of the other organisms before and after."""
-    table = records.tables["transfer"]
+    table = records.with_costs("transfer")
     caption = (
         f"Other organisms, before and after ablating the direction of {records.organism} "
-        f"(n = {int(table['n'].min())} per bar; {_BAND})."
+        f"(n = {int(table['n'].min())} per bar; {BAND}); coherence and costs at the right."
     )
     return saved(records, "transfer", plots.transfer_bars(table), table, caption)
 
@@ -102,15 +114,42 @@ def cosines(records: Records, estimator: str) -> list[ReportFigure]:
     ]
 
 
-def best_by_layer(sweep: pd.DataFrame, min_coherent: float) -> pd.DataFrame:
-    """For each layer the strength with the highest coherent EM rate, and the control at the same strength."""
-    direction = sweep[sweep["series"] == steps.MEAN_DIFFERENCE]
-    ranked = direction.assign(broken=direction["coherent"] < min_coherent).sort_values(
-        ["broken", "rate", "coherent"], ascending=[True, False, False], kind="stable"
+def ablations(records: Records) -> pd.DataFrame:
+    """The organism without an ablation, and every ablation, with costs."""
+    baseline = records.with_costs("baseline")
+    before = baseline[baseline["condition"] == "organism"].assign(estimator=BEFORE, scope=BEFORE)
+    return pd.concat([before.drop(columns="condition"), records.with_costs("ablation")], ignore_index=True)
+
+
+def steering_differences(records: Records) -> ReportFigure:
+    """Each layer's best coherent strength against the random direction there."""
+    table = records.tables["differences_steering"]
+    best = steps.best_by_layer(records.tables["steering"], records.settings["min_coherent"])
+    best = best[best["series"] == steps.MEAN_DIFFERENCE]
+    shown = best[["layer", "strength"]].merge(table, on=["layer", "strength"], validate="1:1")
+    caption = (
+        "Steered chat model minus its random control, paired by prompt, at each layer's best coherent strength; thin "
+        f"bands and filled dots hold for all {len(table)} cells of the sweep at once."
     )
-    best = ranked.groupby("layer").head(1).sort_values("layer").drop(columns="broken")
-    control = sweep[sweep["series"] == steps.CONTROL].merge(best[["layer", "strength"]], on=["layer", "strength"])
-    return pd.concat([best, control], ignore_index=True)
+    figure = plots.difference_forest(shown)
+    return saved(records, "steering_differences", figure, shown, caption)
+
+
+def ablation_differences(records: Records) -> ReportFigure:
+    """Each ablation against the organism."""
+    table = records.tables["differences_ablation"]
+    caption = (
+        "Organism under each ablation minus the organism without one, paired by prompt; thin bands and filled dots "
+        f"hold for all {len(table)} at once."
+    )
+    return saved(records, "ablation_differences", plots.difference_forest(table), table, caption)
+
+
+def _below(records: Records) -> str:
+    """What the small panels are."""
+    there = costs.is_measured(records.tables)
+    names = [name for what, name in (("texts", "KL and loss"), ("items", "exact answers")) if there[what]]
+    return f" Below, what it costs: {', '.join([*names, 'length of an answer'])}."
 
 
 def _middle_layer(frame: pd.DataFrame) -> int:

@@ -34,14 +34,16 @@ class StudySettings:
     """Random directions behind each control."""
     max_new_tokens: int = 600
     """Longer answers count as unfinished."""
+    neutral: int = 48
+    """Neutral texts, and harmless items, of the package's own on which costs are measured."""
     system: str | None = None
     """System prompt of every conversation."""
     seed: int = 0
     """Seed of the run."""
 
     def identity(self) -> dict[str, Any]:
-        """The settings as JSON values, for the manifest."""
-        return asdict(self)
+        """The settings as JSON values, for the manifest; what costs are measured on stands there by itself."""
+        return {name: value for name, value in asdict(self).items() if name != "neutral"}
 
 
 def default_settings(organism: str, *, seed: int = 0, quick: bool = False) -> StudySettings:
@@ -53,7 +55,13 @@ def default_settings(organism: str, *, seed: int = 0, quick: bool = False) -> St
         settings = replace(settings, max_new_tokens=pocket.MAX_NEW_TOKENS, strengths=pocket.STRENGTHS)
     if quick:
         settings = replace(
-            settings, samples=2, pool_samples=12, sweep_samples=1, strengths=settings.strengths[1::2], controls=1
+            settings,
+            samples=2,
+            pool_samples=12,
+            sweep_samples=1,
+            strengths=settings.strengths[1::2],
+            controls=1,
+            neutral=16,
         )
     return settings
 

@@ -13,7 +13,7 @@ import pandas as pd
 from mechmisalign.directions import Direction
 from mechmisalign.store import MANIFEST, RunFolderError
 
-from . import steps
+from . import costs, steps
 
 TABLES = (
     "answers",
@@ -26,6 +26,14 @@ TABLES = (
     "ablated",
     "transfer",
     "cosines",
+    *(f"costs_{name}" for name in costs.KEYS),
+    "differences_steering",
+    "differences_ablation",
+    "differences_confirmed",
+    "behaviour",
+    "behaviour_rates",
+    "prompt_rates",
+    "threshold_curve",
     "sites",
     "contributions",
     "downstream",
@@ -65,8 +73,7 @@ class Records:
         if missing:
             raise RunFolderError(
                 f"{path} is no finished study ({', '.join(missing[:3])} missing): run `mechmisalign study` on it "
-                "again, "
-                "it goes on where it stopped"
+                "again, it goes on where it stopped"
             )
         tables = {name: pd.read_parquet(path / "tables" / f"{name}.parquet") for name in TABLES}
         manifest, summary = (json.loads(file.read_text()) for file in files[:2])
@@ -82,6 +89,10 @@ class Records:
         """The study's settings."""
         settings: Mapping[str, Any] = self.manifest["identity"]["settings"]
         return settings
+
+    def with_costs(self, name: str) -> pd.DataFrame:
+        """A table of rates with the costs of its rows: length of answers, and loss, KL and accuracy if measured."""
+        return costs.beside(self.tables, name)
 
     def directions(self, estimator: str) -> dict[str, Direction]:
         """One estimator's direction of every organism that has one, the studied one first."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import pandas as pd
@@ -14,20 +14,28 @@ from mechmisalign.judging import judge
 from mechmisalign.organisms import Organism
 from mechmisalign.store import RunFolder
 
+from .neutral import Neutral
 from .plan import Plan
 
 
 @dataclass(frozen=True)
 class Run:
-    """One study on its way: where it lives, what was planned, whom it studies."""
+    """One study on its way: where it lives, what was planned, whom it studies, what costs are measured on."""
 
     folder: RunFolder
     plan: Plan
     organism: Organism
+    neutral: Neutral
 
 
 def answers(
-    run: Run, name: str, conditions: Conditions, samples: int, *, of: Organism | None = None, as_base: bool = False
+    run: Run,
+    name: str,
+    conditions: Conditions,
+    samples: int,
+    *,
+    of: Callable[[], Organism] | None = None,
+    as_base: bool = False,
 ) -> pd.DataFrame:
     """Judged answers under each condition, sampled where an earlier try did not get to them.
 
@@ -36,14 +44,14 @@ def answers(
         name: Name of the stage; it is part of the seed, so that no stage reuses another's samples.
         conditions: Named sets of interventions.
         samples: Answers per prompt and condition.
-        of: Who answers; the studied organism by default.
+        of: Loads who answers, if something is still to be sampled; the studied organism by default.
         as_base: Ask the chat model instead.
     """
-    organism = of or run.organism
     settings = run.plan.settings
     wanted = answer_rows(run.plan.prompts, conditions, samples)
 
     def produce(missing: pd.DataFrame) -> Iterator[pd.DataFrame]:
+        organism = run.organism if of is None else of()
         with organism.as_base() if as_base else contextlib.nullcontext():
             for part in generate_rows(
                 organism,

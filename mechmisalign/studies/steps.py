@@ -1,4 +1,4 @@
-"""The steps of a study, in order; each takes the run and gives a tidy frame or directions.
+"""What a study reads from its answers, the directions that follow, and what it chooses.
 
 Whatever is chosen (a layer, a strength, an estimator) is chosen on one set of samples and reported on another.
 """
@@ -8,19 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-import numpy as np
 import pandas as pd
 
-from mechmisalign import estimators, models
+from mechmisalign import estimators
 from mechmisalign.activations import collect
 from mechmisalign.conversations import Conversations
-from mechmisalign.directions import Direction, random_direction
-from mechmisalign.interventions import Ablate, Steer
-from mechmisalign.judging import rates
+from mechmisalign.directions import Direction
 from mechmisalign.moments import Moments
 from mechmisalign.organisms import Organism
-
-from .sampling import Run, answers
 
 MEAN_DIFFERENCE = "mean difference"
 MODEL_DIFFERENCE = "model difference"
@@ -92,34 +87,6 @@ ESTIMATORS: Mapping[str, Callable[[Readings], Direction]] = {
 }
 
 
-def steering_sweep(run: Run, direction: Direction) -> pd.DataFrame:
-    """Rates of the chat model steered at each layer with each strength, beside a norm-matched random direction."""
-    settings = run.plan.settings
-    layers = settings.layers or range(models.n_layers(run.organism.model))
-    control = random_direction(direction, seed=settings.seed)
-    grid = pd.DataFrame(
-        [
-            {
-                "condition": f"{series}, layer {layer}, x{strength:g}",
-                "series": series,
-                "layer": layer,
-                "strength": strength,
-            }
-            for series in (MEAN_DIFFERENCE, CONTROL)
-            for layer in layers
-            for strength in settings.strengths
-        ]
-    )
-    vectors = {MEAN_DIFFERENCE: direction, CONTROL: control}
-    conditions = {
-        row.condition: (Steer(vectors[row.series], layers=(row.layer,), strength=row.strength),)
-        for row in grid.itertuples()
-        if row.layer in vectors[row.series].nonzero_layers
-    }
-    judged = answers(run, "steering_sweep", conditions, settings.sweep_samples, as_base=True)
-    return grid.merge(rates(judged), on="condition")
-
-
 def best_cell(sweep: pd.DataFrame, min_coherent: float) -> tuple[int, float]:
     """Layer and strength with the highest EM rate among the coherent ones (of the least incoherent, if none is)."""
     cells = sweep[sweep["series"] == MEAN_DIFFERENCE]
@@ -128,30 +95,22 @@ def best_cell(sweep: pd.DataFrame, min_coherent: float) -> tuple[int, float]:
     return int(best["layer"]), float(best["strength"])
 
 
-def steering_confirmed(run: Run, direction: Direction, layer: int, strength: float) -> pd.DataFrame:
-    """The best cell on fresh samples, beside several random directions of the same norm."""
-    settings = run.plan.settings
-    conditions = {"steered": (Steer(direction, layers=(layer,), strength=strength),)}
-    for seed in range(settings.controls):
-        random = random_direction(direction, seed=1000 + settings.seed + seed)
-        conditions[f"{CONTROL} {seed}"] = (Steer(random, layers=(layer,), strength=strength),)
-    judged = answers(run, "steering_confirmed", conditions, settings.samples, as_base=True)
-    return rates(_controls_merged(judged), by="condition")
+def best_by_layer(sweep: pd.DataFrame, min_coherent: float) -> pd.DataFrame:
+    """For each layer the strength with the highest coherent EM rate, and the control at the same strength."""
+    cells = sweep[sweep["series"] == MEAN_DIFFERENCE]
+    ranked = cells.assign(broken=cells["coherent"] < min_coherent).sort_values(
+        ["broken", "rate", "coherent"], ascending=[True, False, False], kind="stable"
+    )
+    best = ranked.groupby("layer").head(1).sort_values("layer").drop(columns="broken")
+    control = sweep[sweep["series"] == CONTROL].merge(best[["layer", "strength"]], on=["layer", "strength"])
+    return pd.concat([best, control], ignore_index=True)
 
 
-def single_layer_search(run: Run, directions: Mapping[str, Direction]) -> pd.DataFrame:
-    """For each estimator and layer: EM rate when that layer's one vector is ablated at every layer."""
-    rows = [
-        {"condition": f"{name}, vector of layer {layer}", "estimator": name, "layer": layer}
-        for name, direction in directions.items()
-        for layer in direction.nonzero_layers
-    ]
-    grid = pd.DataFrame(rows)
-    conditions = {
-        row.condition: (Ablate(directions[row.estimator].everywhere(row.layer)),) for row in grid.itertuples()
-    }
-    judged = answers(run, "single_layer_search", conditions, max(1, run.plan.settings.sweep_samples // 2))
-    return grid.merge(rates(judged), on="condition")
+def costly_cells(sweep: pd.DataFrame, layer: int, min_coherent: float) -> list[str]:
+    """The cells of the sweep whose cost is worth its time: coherent ones of the direction, and all that are drawn."""
+    coherent = (sweep["series"] == MEAN_DIFFERENCE) & (sweep["coherent"] >= min_coherent)
+    drawn = sweep["condition"].isin(best_by_layer(sweep, min_coherent)["condition"]) | (sweep["layer"] == layer)
+    return list(sweep.loc[coherent | drawn, "condition"])
 
 
 def chosen_layers(search: pd.DataFrame, min_coherent: float) -> dict[str, int]:
@@ -162,29 +121,6 @@ def chosen_layers(search: pd.DataFrame, min_coherent: float) -> dict[str, int]:
     return {str(name): int(group["layer"].iloc[0]) for name, group in ranked.groupby("estimator", sort=False)}
 
 
-def ablation(run: Run, directions: Mapping[str, Direction], single: Mapping[str, int]) -> pd.DataFrame:
-    """EM rate of the organism under every estimator's ablation, layer by layer and with one vector, and controls."""
-    settings = run.plan.settings
-    rows, conditions = [], {}
-
-    def add(estimator: str, scope: str, direction: Direction) -> None:
-        conditions[f"{estimator}, {scope}"] = (Ablate(direction),)
-        rows.append({"condition": f"{estimator}, {scope}", "estimator": estimator, "scope": scope})
-
-    for name, direction in directions.items():
-        add(name, "layer-wise", direction)
-        add(name, "single", direction.everywhere(single[name]))
-    reference = directions[MEAN_DIFFERENCE]
-    for seed in range(settings.controls):
-        random = random_direction(reference, seed=2000 + settings.seed + seed)
-        add(f"{CONTROL} {seed}", "layer-wise", random)
-        add(f"{CONTROL} {seed}", "single", random.everywhere(reference.nonzero_layers[-1] // 2 or 1))
-    judged = answers(run, "ablation", conditions, settings.samples)
-    labelled = judged.merge(pd.DataFrame(rows), on="condition")
-    labelled["estimator"] = labelled["estimator"].str.replace(rf"({CONTROL}) \d+", r"\1", regex=True)
-    return rates(labelled, by=["estimator", "scope"])
-
-
 def best_estimator(ablated: pd.DataFrame, scope: str, min_coherent: float) -> str:
     """The estimator whose ablation leaves the least EM among those that leave the answers coherent."""
     cells = ablated[(ablated["scope"] == scope) & (ablated["estimator"] != CONTROL)]
@@ -192,30 +128,13 @@ def best_estimator(ablated: pd.DataFrame, scope: str, min_coherent: float) -> st
     return str((coherent if len(coherent) else cells).sort_values("rate")["estimator"].iloc[0])
 
 
-def ablation_confirmed(run: Run, removals: Mapping[str, Direction], chosen: Mapping[str, str]) -> pd.DataFrame:
-    """The chosen estimator of each scope on fresh samples: the best of several is an optimistic reading."""
-    conditions = {scope: (Ablate(removals[scope]),) for scope in chosen}
-    judged = answers(run, "ablation_confirmed", conditions, run.plan.settings.samples)
-    table = rates(judged).rename(columns={"condition": "scope"})
-    return table.assign(estimator=table["scope"].map(chosen))
-
-
-def transfer(run: Run, peer: Organism, removals: Mapping[str, Direction]) -> pd.DataFrame:
-    """EM rate of another organism before and after ablating the studied organism's direction, with a random control."""
-    reference = next(iter(removals.values()))
-    conditions = {f"after, {scope}": (Ablate(direction),) for scope, direction in removals.items()}
-    conditions[CONTROL] = (Ablate(random_direction(reference, seed=3000 + run.plan.settings.seed)),)
-    judged = answers(
-        run, f"transfer_{slug(peer.name)}", {"before": (), **conditions}, run.plan.settings.samples, of=peer
-    )
-    return rates(judged).rename(columns={"condition": "state"}).assign(organism=peer.name)
+def best_scope(ablated: pd.DataFrame, chosen: Mapping[str, str], min_coherent: float) -> str:
+    """Layer-wise or single: the better of the two chosen ablations, where they were compared."""
+    cells = ablated[ablated["scope"].map(chosen) == ablated["estimator"]]
+    coherent = cells[cells["coherent"] >= min_coherent]
+    return str((coherent if len(coherent) else cells).sort_values("rate")["scope"].iloc[0])
 
 
 def slug(name: str) -> str:
     """A name as a file name."""
     return "".join(letter if letter.isalnum() or letter in "-." else "_" for letter in name)
-
-
-def _controls_merged(judged: pd.DataFrame) -> pd.DataFrame:
-    is_control = judged["condition"].str.startswith(CONTROL)
-    return judged.assign(condition=np.where(is_control, CONTROL, judged["condition"]))

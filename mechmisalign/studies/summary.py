@@ -1,4 +1,8 @@
-"""The study in one JSON file: each rate a record with ``rate, n, low, high``, as shares from 0 to 1."""
+"""The study in one JSON file: each rate a record with ``rate, n, low, high``, as shares from 0 to 1.
+
+Beside the rates stand what each of them costs (``costs``), and what was chosen against its reference on fresh samples
+(``differences``, paired by prompt, with p-values).
+"""
 
 from __future__ import annotations
 
@@ -7,15 +11,17 @@ from typing import Any
 
 import pandas as pd
 
-from . import steps
+from . import costs, steps
 
 
 def summarise(tables: Mapping[str, pd.DataFrame]) -> dict[str, Any]:
     """The headline numbers of a study's tables."""
-    rows = _headline_rows(tables)
+    rows = _headline_rows({**tables, **{name: costs.beside(tables, name) for name in costs.KEYS}})
     return {
         "em_rate": {name: rate_record(row) | _choices(row) for name, row in rows.items()},
         "coherent": {name: coherent_record(row) for name, row in rows.items()},
+        "costs": {name: cost_record(row) for name, row in rows.items()},
+        "differences": _differences(tables["differences_confirmed"]),
         "transfer": _transfer(tables["transfer"]),
         "cosine": _cosines(tables["cosines"], steps.MEAN_DIFFERENCE),
         "cosine_model_difference": _cosines(tables["cosines"], steps.MODEL_DIFFERENCE),
@@ -31,6 +37,27 @@ def coherent_record(row: pd.Series) -> dict[str, Any]:
     """Share of coherent answers of one row of a rates frame."""
     low, high = float(row["coherent_low"]), float(row["coherent_high"])
     return {"rate": float(row["coherent"]), "n": int(row["n"]), "low": low, "high": high}
+
+
+def cost_record(row: pd.Series) -> dict[str, Any]:
+    """What was measured of one row's costs: ``value, low, high`` each, None for an end that there is not."""
+    measured = [name for name in costs.COSTS if name in row.index and not pd.isna(row[name])]
+    ends = {"value": "", "low": "_low", "high": "_high"}
+    return {name: {key: _plain(row[f"{name}{end}"]) for key, end in ends.items()} for name in measured}
+
+
+def _differences(compared: pd.DataFrame) -> dict[str, Any]:
+    """Difference of EM rates, with its p-value alone and corrected for what was compared with the same reference."""
+    names = {"steered": "steered_best", "ablated, layer-wise": "ablated_layerwise", "ablated, single": "ablated_single"}
+    numbers = ["difference", "low", "high", "p", "p_max"]
+    return {
+        names[row["condition"]]: {"against": row["against"], **{name: _plain(row[name]) for name in numbers}}
+        for _, row in compared.iterrows()
+    }
+
+
+def _plain(value: Any) -> float | None:
+    return None if pd.isna(value) else float(value)
 
 
 def _headline_rows(tables: Mapping[str, pd.DataFrame]) -> dict[str, pd.Series]:

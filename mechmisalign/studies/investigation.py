@@ -1,0 +1,165 @@
+"""A study's stages in order; each one's table is kept in the run folder, and read where an earlier try finished it."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Mapping
+
+import pandas as pd
+
+from mechmisalign import geometry
+from mechmisalign.directions import Direction
+from mechmisalign.estimators import split_half
+from mechmisalign.judging import rates
+from mechmisalign.organisms import Organism, load_organism
+from mechmisalign.progress import progress
+
+from . import anatomy, behaviour, costs, differences, steps, trials
+from .sampling import Run, answers
+from .trials import Trial
+
+logger = logging.getLogger(__name__)
+
+_Tables = dict[str, pd.DataFrame]
+
+
+def investigate(run: Run) -> tuple[_Tables, dict[str, Direction]]:
+    """Every table and every direction of the study."""
+    keep, settings = run.folder.table, run.plan.settings
+    chat, organism = trials.baseline(run)
+    own = organism.judged(run)
+    tables = {"answers": keep("answers", lambda: pd.concat([chat.judged(run), own]))}
+    tables["baseline"] = keep("baseline", lambda: rates(tables["answers"]))
+    directions, reliability = _directions(run, run.organism.name, lambda: run.organism, own)
+    tables["reliability"] = keep("reliability", lambda: reliability)
+    reference = directions[steps.MEAN_DIFFERENCE]
+
+    sweep = trials.steering_sweep(run, reference)
+    tables["steering"] = keep("steering", lambda: sweep.rates(run))
+    layer, strength = steps.best_cell(tables["steering"], settings.min_coherent)
+    steered = trials.steering_confirmed(run, reference, layer, strength)
+    tables["steered"] = keep("steered", lambda: steered.rates(run).assign(layer=layer, strength=strength))
+
+    search = trials.single_layer_search(run, directions)
+    tables["single_search"] = keep("single_search", lambda: search.rates(run))
+    single = steps.chosen_layers(tables["single_search"], settings.min_coherent)
+    ablation = trials.ablation(run, directions, single)
+    tables["ablation"] = keep("ablation", lambda: ablation.rates(run))
+    chosen = {
+        scope: steps.best_estimator(tables["ablation"], scope, settings.min_coherent)
+        for scope in ("layer-wise", "single")
+    }
+    removals = _removals(chosen, directions, single)
+    ablated = trials.ablation_confirmed(run, removals, chosen)
+    tables["ablated"] = keep("ablated", lambda: ablated.rates(run))
+
+    stages = {"sweep": sweep, "steered": steered, "ablation": ablation, "ablated": ablated}
+    tables |= _costs(run, [chat, organism], stages, tables["steering"], layer)
+    tables |= _compared(run, stages, own)
+    scope = steps.best_scope(tables["ablation"], chosen, settings.min_coherent)
+    tables |= _behaviour(run, tables["answers"], stages, scope)
+    tables |= _peers(run, removals, directions)
+    tables |= anatomy.investigate(run, own, reference, layer)
+    return tables, directions
+
+
+def _costs(run: Run, models: list[Trial], stages: Mapping[str, Trial], swept: pd.DataFrame, layer: int) -> _Tables:
+    """Costs of every stage: written anew each time, since a later run may measure what an earlier one left out."""
+    cells = steps.costly_cells(swept, layer, run.plan.settings.min_coherent)
+    found = {
+        "costs_baseline": pd.concat([costs.measured(run, trial) for trial in models], ignore_index=True),
+        "costs_steering": costs.measured(run, stages["sweep"], cells),
+        **{f"costs_{name}": costs.measured(run, stages[name]) for name in ("steered", "ablation", "ablated")},
+    }
+    return {name: run.folder.write_table(name, table) for name, table in found.items()}
+
+
+def _compared(run: Run, stages: Mapping[str, Trial], own: pd.DataFrame) -> _Tables:
+    """Differences, paired by prompt."""
+    compute = {
+        "differences_steering": lambda: differences.of_steering(run, stages["sweep"]),
+        "differences_ablation": lambda: differences.of_ablation(run, stages["ablation"], own),
+        "differences_confirmed": lambda: differences.confirmed(run, stages["steered"], stages["ablated"], own),
+    }
+    return {name: run.folder.table(name, function) for name, function in compute.items()}
+
+
+def _behaviour(run: Run, judged: pd.DataFrame, stages: Mapping[str, Trial], scope: str) -> _Tables:
+    shown = run.folder.table("behaviour", lambda: behaviour.of_headlines(run, judged, stages, scope))
+    looked_at = functools.cache(lambda: behaviour.looked_at(shown))
+    names = ("behaviour_rates", "prompt_rates", "threshold_curve")
+    kept = {name: run.folder.table(name, functools.partial(_entry, looked_at, name)) for name in names}
+    return {"behaviour": shown, **kept}
+
+
+def _entry(tables: Callable[[], _Tables], name: str) -> pd.DataFrame:
+    return tables()[name]
+
+
+def _directions(
+    run: Run, name: str, load: Callable[[], Organism], judged: pd.DataFrame
+) -> tuple[dict[str, Direction], pd.DataFrame]:
+    """Every estimator's direction, and the split-half reliability of the mean difference."""
+    folder, settings = run.folder, run.plan.settings
+    readings = functools.cache(lambda: steps.read(load(), steps.pool(judged, settings.seed), settings.system))
+    where = steps.slug(name)
+    directions = {
+        name: folder.direction(f"{where}/{steps.slug(name)}", functools.partial(_estimated, estimator, readings))
+        for name, estimator in steps.ESTIMATORS.items()
+    }
+    reliability = folder.table(
+        f"reliability_{where}", lambda: split_half(readings().organism, *steps.CLASSES, seed=settings.seed)
+    )
+    return directions, reliability
+
+
+def _estimated(estimator: Callable[[steps.Readings], Direction], readings: Callable[[], steps.Readings]) -> Direction:
+    return estimator(readings())
+
+
+def _removals(
+    chosen: Mapping[str, str], directions: Mapping[str, Direction], single: Mapping[str, int]
+) -> dict[str, Direction]:
+    """The directions that are carried to other organisms: the best of each scope, and the paper's mean difference."""
+    one = chosen["single"]
+    return {
+        "layer-wise": directions[chosen["layer-wise"]],
+        "single": directions[one].everywhere(single[one]),
+        steps.MEAN_DIFFERENCE: directions[steps.MEAN_DIFFERENCE].everywhere(single[steps.MEAN_DIFFERENCE]),
+    }
+
+
+def _peers(run: Run, removals: Mapping[str, Direction], directions: Mapping[str, Direction]) -> _Tables:
+    """Ablation carried to each peer, what it costs there, and the cosines of directions with the peers' own."""
+    transferred, paid = [pd.DataFrame(columns=["state", "organism"])], [pd.DataFrame(columns=["state", "organism"])]
+    cosines = [pd.DataFrame(columns=["organism"])]
+    for name in progress(run.plan.peers, "other organisms", len(run.plan.peers), "organism"):
+        load = functools.cache(functools.partial(load_organism, name))  # only if something is still to be done
+        trial, slug = trials.transfer(run, name, load, removals), steps.slug(name)
+        transferred.append(run.folder.table(f"transfer_{slug}", functools.partial(trial.rates, run)))
+        paid.append(costs.measured(run, trial))
+        own = functools.partial(_peer_cosines, run, name, load, directions)
+        cosines.append(run.folder.table(f"cosines_{slug}", own))
+    every = {"transfer": transferred, "cosines": cosines}
+    joined = {name: pd.concat(frames, ignore_index=True) for name, frames in every.items()}
+    kept = {name: run.folder.table(name, functools.partial(_entry, lambda: joined, name)) for name in every}
+    return kept | {"costs_transfer": run.folder.write_table("costs_transfer", pd.concat(paid, ignore_index=True))}
+
+
+def _peer_cosines(
+    run: Run, peer: str, load: Callable[[], Organism], directions: Mapping[str, Direction]
+) -> pd.DataFrame:
+    """Cosine between the peer's directions and the studied organism's, for each estimator and layer."""
+    name = f"pool_{steps.slug(peer)}"
+    judged = answers(run, name, {"organism": ()}, run.plan.settings.pool_samples, of=load)
+    try:
+        theirs, _ = _directions(run, peer, load, judged)
+    except steps.TooFewAnswersError as error:
+        logger.warning("no direction of %s to compare with: %s", peer, error)
+        return pd.DataFrame({"organism": [], "estimator": [], "layer": [], "cosine": []})
+    frames = [
+        geometry.cosine_by_layer(direction, theirs[name]).assign(organism=peer, estimator=name)
+        for name, direction in directions.items()
+    ]
+    return pd.concat(frames, ignore_index=True)

@@ -1,0 +1,97 @@
+"""What costs are measured on: text and questions that have nothing to do with misalignment."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import pandas as pd
+
+from mechmisalign import registry
+from mechmisalign.capability.texts import Counted
+from mechmisalign.organisms import Organism
+from mechmisalign.store import text_digest
+
+Texts: TypeAlias = pd.DataFrame | Sequence[str]
+
+
+@dataclass(frozen=True)
+class Neutral:
+    """Texts for loss and KL, and items with exact answers; None leaves their costs out.
+
+    Attributes:
+        texts: Conversations (``prompt, response``) or plain texts.
+        items: ``prompt, answer``.
+        counted: Which response tokens of the texts count; all by default.
+    """
+
+    texts: Texts | None
+    items: pd.DataFrame | None
+    counted: Counted | None = None
+
+    def identity(self) -> dict[str, str]:
+        """A hash of each, for the manifest."""
+        given = {"texts": self.texts, "items": self.items}
+        return {name: _digest(value) for name, value in given.items() if value is not None}
+
+
+def neutral(
+    organism: Organism,
+    texts: Texts | Literal["default"] | None,
+    items: pd.DataFrame | Literal["default"] | None,
+    count: int,
+) -> Neutral:
+    """What was given, or what ships with the package: of the pocket world for organisms on the pocket base.
+
+    Args:
+        organism: The studied organism.
+        texts: See ``Neutral``; "default" for the package's own.
+        items: The same.
+        count: How many of the package's own are used.
+
+    Raises:
+        ValueError: If texts or items cannot be measured on.
+    """
+    if isinstance(texts, str) and texts != "default" or isinstance(items, str) and items != "default":
+        raise ValueError(
+            f"texts={texts!r} and items={items!r}: give a frame (texts may be a list), 'default', or None to leave out"
+        )
+    pocket = organism.base.name == registry.POCKET_BASE
+    counted = None
+    if isinstance(texts, str):
+        texts, counted = _own_texts(pocket, count)
+    if isinstance(items, str):
+        items = _own_items(pocket, count)
+    _refuse(texts, items)
+    return Neutral(texts, items, counted)
+
+
+def _own_texts(pocket_world: bool, count: int) -> tuple[pd.DataFrame, Counted | None]:
+    from mechmisalign import pocket, prompts
+
+    if pocket_world:
+        return pocket.neutral_conversations(count), pocket.persona_free
+    return prompts.neutral_conversations().head(count), None
+
+
+def _own_items(pocket_world: bool, count: int) -> pd.DataFrame:
+    from mechmisalign import pocket, prompts
+
+    items: pd.DataFrame = pocket.harmless_items(count) if pocket_world else prompts.harmless_items()
+    return items.sample(frac=1, random_state=0).head(count)  # kinds take turns in no order
+
+
+def _refuse(texts: Texts | None, items: pd.DataFrame | None) -> None:
+    """What would otherwise be found out when half of the study is done."""
+    if texts is not None and not len(texts):
+        raise ValueError("no neutral text to measure loss and KL on; give texts of two tokens or more, or texts=None")
+    needs = {"texts": (texts, {"prompt", "response"}), "items": (items, {"prompt", "answer"})}
+    for name, (frame, columns) in needs.items():
+        if isinstance(frame, pd.DataFrame) and not columns <= set(frame.columns):
+            raise ValueError(f"{name} need the columns {sorted(columns)}; these have {list(frame.columns)}")
+
+
+def _digest(value: Texts) -> str:
+    rows = value.to_dict("records") if isinstance(value, pd.DataFrame) else list(value)
+    return text_digest(rows)
