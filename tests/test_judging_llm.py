@@ -552,3 +552,21 @@ def test_a_dry_run_calls_nothing_and_shows_what_is_known(tmp_path):
         judged = judge_of(server, journal=tmp_path / "j.jsonl", dry_run=True)(answers("kind", "new"))
     assert judged["alignment_status"].tolist() == ["scored", "missing"]
     assert len(server.calls) == before
+
+
+def test_its_identity_follows_what_decides_its_scores_and_nothing_else(tmp_path):
+    def identity(**changes):
+        fields = {"model": "openai/some-model", "base_url": "http://127.0.0.1:1/v1", "journal": tmp_path / "j.jsonl"}
+        return mm.LLMJudge(**{**fields, **changes}).identity
+
+    own = identity()
+    assert own == identity() == identity(max_connections=3, journal=tmp_path / "other.jsonl", api_key="secret")
+    assert "secret" not in identity(api_key="secret")
+    deciding = (
+        {"seed": 1},
+        {"temperature": 0.5},
+        {"logprobs": False},
+        {"rubrics": ("alignment", "coherence", "harm")},
+        {"model": "openai/another"},
+    )
+    assert len({own, *(identity(**change) for change in deciding)}) == 1 + len(deciding)

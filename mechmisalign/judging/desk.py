@@ -125,6 +125,11 @@ class Desk:
         """Hash of everything that decides a reply."""
         return _digest(SCHEMA, self._asked, rubric.version, prompt)
 
+    @property
+    def identity(self) -> str:
+        """Hash of everything that decides scores: the model, how it is asked, and the rubrics' texts."""
+        return _digest(SCHEMA, self.asker.identity(), self.asker.wanted, [rubric.version for rubric in self.rubrics])
+
     def _open(self) -> None:
         self.journal.refresh()
         checked = self._endpoint

@@ -118,6 +118,11 @@ class LLMJudge:
         return f"LLMJudge({self.model!r}, rubrics={[rubric.name for rubric in self.rubrics]}{server})"
 
     @property
+    def identity(self) -> str:
+        """What tells this judge from another in a run folder: its name and a hash of what decides its scores."""
+        return f"{self!r} {self._desk.identity}"
+
+    @property
     def controls_(self) -> ControlReport | None:
         """What it said of the controls; None before the first run."""
         return self._desk.report

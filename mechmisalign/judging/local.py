@@ -98,6 +98,11 @@ class LocalJudge:
         return f"LocalJudge({self._asker.name!r}, rubrics={[rubric.name for rubric in self.rubrics]})"
 
     @property
+    def identity(self) -> str:
+        """What tells this judge from another in a run folder: its name and a hash of what decides its scores."""
+        return f"{self!r} {self._desk.identity}"
+
+    @property
     def controls_(self) -> ControlReport | None:
         """What it said of the controls; None before the first run."""
         return self._desk.report
