@@ -12,6 +12,7 @@ from .cosines import cosine_by_layer, cosine_matrix, reliability
 from .differences import difference_forest
 from .downstream import downstream
 from .effects import scaling_bars, site_effects
+from .organisms import rate_against_coherence
 from .probes import coefficient_violins, probe_scores
 from .prompts import prompt_rates
 from .readout import readout_table
@@ -41,6 +42,7 @@ __all__ = [
     "layer_sweep",
     "probe_scores",
     "prompt_rates",
+    "rate_against_coherence",
     "readout_table",
     "reliability",
     "save_figure",
