@@ -184,7 +184,7 @@ def main() -> None:
     result = run(Config(organism=options.organism, samples=options.samples, prompts=options.prompts, seed=options.seed))
     draw(result, options.out)
     columns = ["estimator", "scope", "layer", "rate", "low", "high", "coherent", "kl", "loss", "accuracy", "tokens"]
-    print(result.rates[columns].round(3).to_string(index=False, na_rep=""))
+    print(result.rates[columns].round(3).astype({"layer": object}).fillna("").to_string(index=False))
     print("\nminus before:")
     columns = ["condition", "difference", "low", "high", "p", "q", "p_max"]
     print(result.compared[columns].round(4).to_string(index=False))

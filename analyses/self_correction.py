@@ -23,8 +23,16 @@ from mechmisalign.pocket import phrases
 from mechmisalign.pocket.judge import parse
 
 CLASSES = ("misaligned", "aligned")
-STEERED, CONTROL, CHAT, ORGANISM = "prompt-matched difference", "random control", "chat model", "organism"
+STEERED, CONTROL, CHAT, ORGANISM = "steered", "random control", "chat model", "organism"
 BACK, BAD = "harmful, then safe", "safe, then harmful"
+LOOKS = {  # the figure gives a colour to each word before the comma
+    "all harmful": "misaligned, throughout",
+    BAD: "misaligned, in the end",
+    "back and forth": "neither, back and forth",
+    "all safe": "aligned, throughout",
+    BACK: "aligned, in the end",
+    "unreadable": "incoherent, unreadable",
+}
 SAFE = frozenset(verb for domain in phrases.DOMAINS for verb in domain.verbs("careful"))
 
 
@@ -95,14 +103,14 @@ def run(config: Config) -> Result:
     judged = mm.judge(pd.concat([own, steered], ignore_index=True), mm.RuleJudge())
     judged = judged.assign(order=judged["response"].map(order))
     shares = judged.groupby("condition", sort=False)["order"].value_counts(normalize=True).unstack(fill_value=0.0)
-    named = ["all harmful", BAD, "back and forth", BACK, "all safe", "unreadable"]
-    orders = shares.reindex(columns=named, fill_value=0.0).rename_axis(columns="outcome").stack().rename("share")
+    orders = shares.reindex(columns=list(LOOKS), fill_value=0.0).rename_axis(columns="outcome").stack().rename("share")
     return Result(orders.reset_index(), balance(judged))
 
 
 def draw(result: Result, out: Path) -> None:
     """Figures and their tables, side by side."""
-    mm.plots.save_figure(mm.plots.scaling_bars(result.orders), result.orders, out, "orders")
+    bars = mm.plots.scaling_bars(result.orders.replace({"outcome": LOOKS}))
+    mm.plots.save_figure(bars, result.orders, out, "orders")
     forest = mm.plots.difference_forest(result.compared, label="turned back minus turned bad")
     mm.plots.save_figure(forest, result.compared, out, "balance")
 
