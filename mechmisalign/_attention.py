@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
-_FUSED = "sdpa"
+FUSED, STEPWISE = "sdpa", "eager"
 _known: WeakKeyDictionary[nn.Module, list[Any]] = WeakKeyDictionary()
 
 
@@ -31,7 +31,7 @@ def fused(model: Any) -> Iterator[None]:
         yield
         return
     before = model.config._attn_implementation
-    model.config._attn_implementation = _FUSED
+    model.config._attn_implementation = FUSED
     for attention in attentions:  # past the bridge's __setattr__, which passes names on to the component inside
         attention.__dict__["forward"] = attention.original_component.forward
     try:
@@ -40,6 +40,12 @@ def fused(model: Any) -> Iterator[None]:
         model.config._attn_implementation = before
         for attention in attentions:
             attention.__dict__.pop("forward", None)
+
+
+def implementation(model: Any) -> str:
+    """What the library calls the attention that a pass uses now: the fused kernel, or step by step."""
+    attentions = _attentions(model)
+    return FUSED if attentions and not any(map(_observed, attentions)) else STEPWISE
 
 
 def _attentions(model: nn.Module) -> list[Any]:

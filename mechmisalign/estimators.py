@@ -20,6 +20,7 @@ strength means the same for all of them.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -165,14 +166,20 @@ def bootstrap_cosine(
     repeats: int = 200,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Cosine between the direction and its bootstrap replicates (prompts resampled), by layer; as ``split_half``."""
+    """Cosine between the direction and its bootstrap replicates (prompts resampled), by layer; as ``split_half``.
+
+    A prompt that is drawn twice counts as two, also where the estimator matches by prompt.
+    """
     rng = np.random.default_rng(seed)
     full = estimator(moments, positive, negative).vectors.double()
     rows_of = list(moments.groups.groupby(cluster, sort=True).indices.values())
     cosines = []
     for _ in range(repeats):
-        drawn = np.concatenate([rows_of[i] for i in rng.integers(len(rows_of), size=len(rows_of))])
-        replicate = estimator(moments.take(drawn), positive, negative).vectors.double()
+        drawn = [rows_of[i] for i in rng.integers(len(rows_of), size=len(rows_of))]
+        sample = moments.take(np.concatenate(drawn))
+        draws = np.repeat(np.arange(len(drawn)), [len(rows) for rows in drawn])
+        sample = replace(sample, groups=sample.groups.assign(**{cluster: draws}))
+        replicate = estimator(sample, positive, negative).vectors.double()
         cosines.append(torch.cosine_similarity(replicate, full, dim=-1).numpy())
     return _interval_frame(moments, np.stack(cosines))
 

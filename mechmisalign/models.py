@@ -207,6 +207,11 @@ def forward(
         return hf_model(model)(input_ids=ids, attention_mask=mask, use_cache=False).logits
 
 
+def attention_implementation(model: Model) -> str:
+    """What Hugging Face calls the attention that :func:`forward` uses: ``"sdpa"`` or ``"eager"``."""
+    return _attention.STEPWISE if is_hooked(model) else _attention.implementation(hf_model(model))
+
+
 def cached_forward(
     model: Model, ids: Int[Tensor, "batch new"], mask: Int[Tensor, "batch pos"], cache: Any
 ) -> tuple[Float[Tensor, "batch vocab"], Any]:

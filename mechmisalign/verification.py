@@ -124,7 +124,7 @@ def _oracle(organism: Organism, ids: Int[Tensor, "batch pos"]) -> _Oracle:
         organism.base.location,
         revision=organism.base.revision,
         dtype=next(organism.model.parameters()).dtype,
-        attn_implementation="eager",  # as TransformerLens computes it
+        attn_implementation=models.attention_implementation(organism.model),
     ).to(ids.device)
     peft_model = PeftModel.from_pretrained(base, organism.adapter.folder).eval()
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}

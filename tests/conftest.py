@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,11 @@ GEMMA_TEMPLATE = (
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """One thread: the models are tiny, and threads that wait for each other on a busy machine take far longer."""
+    """One thread: the models are tiny, and threads that wait for each other on a busy machine take far longer.
+
+    Tables are printed as on a wide terminal, whatever terminal the tests run in.
+    """
+    os.environ |= {"COLUMNS": "220", "LINES": "50"}
     if config.option.markexpr == "not slow":
         torch.set_num_threads(1)
 

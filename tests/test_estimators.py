@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -116,6 +118,22 @@ def test_bootstrap_replicates_stay_near_the_direction():
     frame = estimators.bootstrap_cosine(moments, *CLASSES, repeats=20)
     assert list(frame.columns) == ["layer", "cosine", "low", "high"]
     assert frame["low"][0] > 0.8
+
+
+def test_a_prompt_that_is_drawn_twice_counts_as_two_where_prompts_are_matched():
+    """By hand: the replicate of the draws a, a, b is two thirds of a's difference and one third of b's."""
+    answers = [[1.0, 0.0], [0.0, 0.0], [0.0, 1.0], [0.0, 0.0], [1.0, 1.0], [0.0, 0.0]]
+    moments = grouped(answers, ["bad", "good"] * 3, ["a", "a", "b", "b", "c", "c"])
+    differences, found = np.array([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]), []
+
+    def spied(sample, positive, negative):
+        found.append(estimators.matched_mean_difference(sample, positive, negative))
+        return found[-1]
+
+    estimators.bootstrap_cosine(moments, *CLASSES, estimator=spied, repeats=30)
+    possible = {tuple(np.round(differences[list(draw)].mean(0), 5)) for draw in itertools.product(range(3), repeat=3)}
+    assert {tuple(np.round(each.vectors[0].double().numpy(), 5)) for each in found} <= possible
+    assert len(found) == 31
 
 
 def test_a_probe_needs_more_than_one_group_a_class():

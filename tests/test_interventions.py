@@ -208,3 +208,10 @@ def test_gradients_flow_through_an_intervention(organism, direction):
         logits = models.hf_model(organism.model)(inputs_embeds=embedding, attention_mask=torch.ones_like(ids)).logits
     logits.sum().backward()
     assert np.isfinite(float(embedding.grad.norm())) and float(embedding.grad.norm()) > 0
+
+
+def test_layers_are_whole_numbers(direction):
+    steer = object.__new__(mm.Steer)  # past the type check of the tests, which would refuse it first
+    vars(steer).update(direction=direction, layers=[2.0], strength=1.0, units="absolute", positions="all")
+    with pytest.raises(ValueError, match="layers are whole numbers, got 2.0"):
+        steer.__post_init__()

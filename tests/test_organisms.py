@@ -37,7 +37,8 @@ CLOSE = {"rtol": 0.0, "atol": 1e-5}
 def read(family, folder, dtype=torch.float32):
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval()
+    attention = "eager" if family == "gemma2" else "sdpa"  # Gemma 2 caps its scores
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention).eval()
 
 
 def tokens(seed=0):

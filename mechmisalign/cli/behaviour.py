@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from .console import console, show, told_errors, told_warnings
+from .console import console, show_rates, told_errors, told_warnings
 
 
 def judge(
@@ -47,7 +47,7 @@ def judge(
                 model, names, base_url=base_url, journal=journal, budget=limits, max_connections=connections
             )
             estimate = str(with_judge.estimate(frame))
-        console.print(estimate, highlight=False)
+        console.print(estimate, highlight=False, soft_wrap=True)
         if dry_run:
             return
         judged = with_judge(frame)
@@ -57,9 +57,7 @@ def judge(
             if "prompt_id" not in judged.columns:
                 judged = judged.assign(prompt_id=judged["prompt"])
             by = [name for name in ("condition",) if name in judged.columns]
-            table = judging.rates(judged, by=by)
-            columns = [*by, "rate", "low", "high", "coherent", "aligned", *judging.UNSCORED, "n", "prompts"]
-            show(table[[name for name in columns if name in table.columns]], "rates, with 95 % intervals by prompt")
+            show_rates(judging.rates(judged, by=by), by, "EM rate with 95 % interval by prompt")
 
 
 def sweep(
@@ -76,17 +74,11 @@ def sweep(
         from mechmisalign import sweeps
 
         grid = sweeps.Sweep.read(spec)
-        console.print(str(sweeps.status(grid, out)), highlight=False)
+        console.print(str(sweeps.status(grid, out)), highlight=False, soft_wrap=True)
         if dry_run:
             return
         by_ray = sweeps.RayExecutor(address, workers, gpus_per_worker=gpus_per_worker)
         result = sweeps.sweep(grid, out, executor=by_ray if executor == "ray" else executor)
         if result.is_judged:
-            found = result.rates()
-            shown = found[["condition"]].assign(
-                EM=[f"{row.rate:.1%} [{row.low:.1%}, {row.high:.1%}]" for row in found.itertuples()],
-                coherent=[f"{share:.1%}" for share in found["coherent"]],
-                n=found["n"],
-            )
-            show(shown, "EM rate with 95 % interval by prompt")
+            show_rates(result.rates(), ["condition"], "EM rate with 95 % interval by prompt")
     console.print(f"answers: [bold]{out}[/bold], read by mechmisalign.sweeps.SweepResult.read")

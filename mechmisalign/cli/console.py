@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -37,7 +37,7 @@ def told_errors() -> Iterator[None]:
         yield
     except (ValueError, FileNotFoundError, ConnectionError, ImportError) as error:
         errors.print(f"[red]error:[/red] {type(error).__name__}: ", end="")
-        errors.print(str(error), markup=False, highlight=False)
+        errors.print(str(error), markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(2) from error
 
 
@@ -52,7 +52,7 @@ def told_warnings() -> Iterator[None]:
             yield
         finally:
             for warning in (one for one in caught if issubclass(one.category, UserWarning)):
-                errors.print(f"{warning.message}", style="yellow", markup=False, highlight=False)
+                errors.print(f"{warning.message}", style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 
 def show(frame: pd.DataFrame, title: str) -> None:
@@ -74,6 +74,20 @@ def _cell(value: Any) -> str:
     from rich.markup import escape
 
     return escape(str(value))
+
+
+def show_rates(rates: pd.DataFrame, by: Sequence[str], title: str) -> None:
+    """Rates as they are to be read: with their interval, and the reasons for missing scores where there are any."""
+    from mechmisalign.judging import UNSCORED
+
+    told = rates[list(by)].assign(
+        EM=[f"{row.rate:.1%} [{row.low:.1%}, {row.high:.1%}]" for row in rates.itertuples()],
+        coherent=[f"{share:.1%}" for share in rates["coherent"]],
+    )
+    for reason in UNSCORED:
+        if (rates[reason] > 0).any():
+            told[reason] = [f"{share:.1%}" for share in rates[reason]]
+    show(told.assign(n=rates["n"], prompts=rates["prompts"]), title)
 
 
 def show_headlines(summary: Any) -> None:

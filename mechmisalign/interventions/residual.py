@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, SupportsIndex, get_args
 
 from jaxtyping import Float
 from torch import Tensor
@@ -29,6 +29,8 @@ class _OnDirection:
         if units not in get_args(Units):
             raise ValueError(f"units must be one of {get_args(Units)}, got {units!r}")
         for layer in self.layers or ():
+            if not isinstance(layer, SupportsIndex):
+                raise ValueError(f"layers are whole numbers, got {layer!r}")
             self.direction.at(layer) if units == "absolute" and isinstance(self, Steer) else self.direction.unit(layer)
             if units == "resid_norm":
                 self.direction.mean_resid_norm(layer)
