@@ -411,6 +411,15 @@ def test_it_works_while_an_event_loop_is_running():
     assert judged["alignment"].tolist() == again["alignment"].tolist()
 
 
+@pytest.fixture
+def interruptible():
+    """Python's own handler, also where the tests run in the background and interrupts are ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupted_notebook_cell_waits_for_the_calls_in_flight_and_keeps_them(tmp_path):
     frame = answers(*[f"answer {n}" for n in range(300)])
 
