@@ -14,7 +14,7 @@ def study(
     organism: OrganismName,
     out: Annotated[Path, typer.Option(help="Run folder; an unfinished run in it goes on.")] = Path("runs/study"),
     seed: Annotated[int, typer.Option(help="Seed of the run.")] = 0,
-    quick: Annotated[bool, typer.Option(help="A rough look with few samples, in under a minute.")] = False,
+    quick: Annotated[bool, typer.Option(help="A rough look with few samples, in a minute or two.")] = False,
 ) -> None:
     """Find, induce, remove and transfer an organism's misalignment; writes the tables, the figures and report.html."""
     from mechmisalign.studies import default_settings
