@@ -26,8 +26,8 @@ def fused(model: Any) -> Iterator[None]:
     Args:
         model: The Hugging Face model inside a bridge.
     """
-    attentions = _attentions(model)
-    if not attentions or any(map(_observed, attentions)):
+    attentions = _unobserved(model)
+    if not attentions:
         yield
         return
     before = model.config._attn_implementation
@@ -44,14 +44,14 @@ def fused(model: Any) -> Iterator[None]:
 
 def implementation(model: Any) -> str:
     """What the library calls the attention that a pass uses now: the fused kernel, or step by step."""
-    attentions = _attentions(model)
-    return FUSED if attentions and not any(map(_observed, attentions)) else STEPWISE
+    return FUSED if _unobserved(model) else STEPWISE
 
 
-def _attentions(model: nn.Module) -> list[Any]:
+def _unobserved(model: nn.Module) -> list[Any]:
+    """The attention of every block, if each can be fused now; otherwise none."""
     if model not in _known:
         _known[model] = _found(model)
-    return _known[model]
+    return [] if any(map(_observed, _known[model])) else _known[model]
 
 
 def _found(model: Any) -> list[Any]:

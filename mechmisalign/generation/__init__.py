@@ -24,7 +24,7 @@ from .flight import Requests
 from .memory import rows_that_fit
 from .packing import Packer
 from .rows import Conditions, answer_rows, as_set, prompt_keys, prompts_frame, refuse_names, refuse_numbers_per_row
-from .sampling import pick_tokens, uniforms
+from .sampling import pick_tokens, stage_seed, uniforms
 
 if TYPE_CHECKING:
     from mechmisalign.organisms import Organism
@@ -37,6 +37,7 @@ __all__ = [
     "generate_rows",
     "pick_tokens",
     "prompts_frame",
+    "stage_seed",
     "uniforms",
 ]
 

@@ -63,10 +63,8 @@ class Packer:
         self._max_new_tokens, self._temperature = max_new_tokens, temperature
         self._device = models.device_of(organism.model)
         self._ends = torch.tensor(end_ids(organism.model, organism.tokenizer), device=self._device)
-        readings, self._reading_of = _readings(list(conditions.values()))
-        self._compiled, self._compiled_readings = (
-            Compiled(sets, organism.adapter, self._device) for sets in (list(conditions.values()), readings)
-        )
+        self._compiled = Compiled(list(conditions.values()), organism.adapter, self._device)
+        self._reads_like = _reads_like(list(conditions.values()))
         self._joinable = joinable(organism.model)
         self._batch: Batch | None = None
         self._plan: RowPlan | None = None
@@ -121,7 +119,7 @@ class Packer:
         taken = np.array(first)
         if self._joinable:
             return taken
-        pairs = pd.MultiIndex.from_arrays([self._reading_of[requests.conditions[taken]], requests.asked[taken]])
+        pairs = pd.MultiIndex.from_arrays([self._reads_like[requests.conditions[taken]], requests.asked[taken]])
         longest = max(len(requests.prompts[prompt]) for prompt in requests.asked[taken])
         fits = (~pairs.duplicated()).cumsum() * longest <= _PREFILL_TOKENS
         return taken[: max(1, int(fits.sum()))]
@@ -167,14 +165,14 @@ class Packer:
 
     def _read(self, requests: Requests, taken: Int[np.ndarray, " request"]) -> Iterator[Batch]:
         """Prefill: each different reading of a prompt once; its first token for every request that shares it."""
-        pairs = np.stack([self._reading_of[requests.conditions[taken]], requests.asked[taken]], axis=1)
+        pairs = np.stack([self._reads_like[requests.conditions[taken]], requests.asked[taken]], axis=1)
         distinct, which = np.unique(pairs, axis=0, return_inverse=True)
         lengths = np.array([len(requests.prompts[prompt]) for prompt in distinct[:, 1]])
         for chunk in self._chunks(lengths):
             prompts = [requests.prompts[prompt] for prompt in distinct[chunk, 1]]
             ids, mask = left_padded(prompts, pad_id(self.organism.tokenizer), self._device)
             start = torch.full((len(ids),), ids.shape[1], device=self._device)
-            self._plan = RowPlan(self._compiled_readings, torch.from_numpy(distinct[chunk, 0]), start)
+            self._plan = RowPlan(self._compiled, torch.from_numpy(distinct[chunk, 0]), start)
             decoder = Decoder(self.organism.model)
             logits = decoder.next_logits(ids, mask)
             row_of = np.full(len(distinct), -1)
@@ -229,16 +227,12 @@ class Packer:
         )
 
 
-def _readings(conditions: Sequence[Sequence[Intervention]]) -> tuple[list[tuple[Intervention, ...]], np.ndarray]:
-    """The different ways in which conditions read a prompt, and the way of each: what acts on responses only is out."""
-    ways: dict[tuple[int, ...], int] = {}
-    readings: list[tuple[Intervention, ...]] = []
-    way_of: list[int] = []
-    for condition in conditions:
-        acting = tuple(one for one in condition if one.positions != "response")
-        key = tuple(id(one) for one in acting)
-        if key not in ways:
-            ways[key] = len(readings)
-            readings.append(acting)
-        way_of.append(ways[key])
-    return readings, np.array(way_of)
+def _reads_like(conditions: Sequence[Sequence[Intervention]]) -> Int[np.ndarray, " condition"]:
+    """For each condition the plainest one that reads prompts as it does: what acts on responses only does not count."""
+    ways: dict[tuple[int, ...], list[int]] = {}
+    for code, condition in enumerate(conditions):
+        ways.setdefault(tuple(id(one) for one in condition if one.positions != "response"), []).append(code)
+    like = np.empty(len(conditions), dtype=np.int64)
+    for codes in ways.values():
+        like[codes] = min(codes, key=lambda code: len(conditions[code]))
+    return like

@@ -8,7 +8,7 @@ import pandas as pd
 import torch
 
 from mechmisalign.conversations import prompt_key
-from mechmisalign.interventions import Clamp, Intervention, ScaleAdapter, Steer
+from mechmisalign.interventions import Clamp, Intervention, ScaleAdapter, Steer, Strength
 
 Conditions = Mapping[str, Intervention | Sequence[Intervention]]
 """Named sets of interventions; a single one may stand for itself."""
@@ -91,13 +91,21 @@ def refuse_numbers_per_row(conditions: Conditions) -> None:
     """
     for name, interventions in conditions.items():
         for one in as_set(interventions):
-            numbers = {
-                Steer: lambda one: [one.strength],
-                Clamp: lambda one: [one.value],
-                ScaleAdapter: lambda one: list(one.factors.values()),
-            }.get(type(one), lambda _: [])(one)
-            if any(torch.as_tensor(number).ndim for number in numbers):
+            if any(torch.as_tensor(number).ndim for number in _numbers(one)):
                 raise ValueError(
                     f"condition {name!r}: {type(one).__name__} has a number for each row; in a generation rows come "
                     "and go, so give one number, and a condition for each"
                 )
+
+
+def _numbers(one: Intervention) -> list[Strength]:
+    """The numbers that may be given by row."""
+    match one:
+        case Steer():
+            return [one.strength]
+        case Clamp():
+            return [one.value]
+        case ScaleAdapter():
+            return list(one.factors.values())
+        case _:
+            return []

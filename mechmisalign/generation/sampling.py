@@ -32,6 +32,11 @@ def uniforms(rows: pd.DataFrame, seed: int, count: int) -> Float[np.ndarray, "ba
     return np.stack(streams)
 
 
+def stage_seed(seed: int, stage: str) -> int:
+    """A seed of its own for each stage: what a search selected is confirmed on samples that it never saw."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{stage}".encode(), digest_size=6).digest(), "big")
+
+
 def pick_tokens(
     logits: Float[Tensor, "batch vocab"], draws: Float[Tensor, " batch"], temperature: float
 ) -> Int[Tensor, " batch"]:

@@ -72,10 +72,10 @@ class ScaleTable(Table):
 
 @dataclass(frozen=True)
 class Stage:
-    """The first, second … edit of every condition at one place: fused, and those of other forms by condition."""
+    """The first, second … edit of every condition at one place: fused, and those of other forms one by one."""
 
     fused: ResidualTable | None
-    others: Mapping[int, ResidualIntervention]
+    others: tuple[tuple[Table, ResidualIntervention], ...]
 
 
 @dataclass(frozen=True)
@@ -106,13 +106,13 @@ class SiteEdits:
     Attributes:
         own: The organism's own site, in the gauge in which scalars are told; None where only other adapters have one.
         scale: Conditions that only scale it.
-        others: Conditions that edit it otherwise.
+        others: Edits of other forms, in order, for each condition that has such.
         borrowed: For each adapter that is put on: its site, and by condition what it is multiplied with.
     """
 
     own: Factors | None
     scale: ScaleTable | None
-    others: Mapping[int, tuple[SiteIntervention, ...]]
+    others: tuple[tuple[tuple[Table, SiteIntervention], ...], ...]
     borrowed: tuple[tuple[Factors, ScaleTable], ...]
 
     @property
@@ -177,11 +177,11 @@ class Compiled:
     ) -> SiteEdits:
         factors = {} if site is None else {code: _factor(ones, site) for code, ones in acting.items()}
         scaled = {code: factor for code, factor in factors.items() if factor is not None}
-        others = {code: tuple(ones) for code, ones in acting.items() if code not in scaled}
+        others = [(code, ones) for code, ones in acting.items() if code not in scaled]
         return SiteEdits(
             None if site is None else Factors.of(site, self._device),
             self._scale_table(scaled) if scaled else None,
-            others,
+            tuple(tuple((self._table({code: one}), one) for one in ones) for code, ones in others),
             tuple((Factors.of(one, self._device), self._scale_table(by)) for one, by in borrowed),
         )
 
@@ -189,18 +189,23 @@ class Compiled:
         values = torch.tensor(list(factors.values()), device=self._device)
         return ScaleTable(self._entries(factors), torch.zeros(len(factors), dtype=torch.long), values)
 
+    def _table(self, acting: Mapping[int, Intervention]) -> Table:
+        codes = [POSITIONS[one.positions] for one in acting.values()]
+        return Table(self._entries(acting), torch.tensor(codes))
+
     def _stage(self, acting: Mapping[int, ResidualIntervention], layer: int) -> Stage:
         terms: dict[int, Terms] = {}
         for code, one in acting.items():
             found = one.terms(layer) if hasattr(one, "terms") else None
             if found is not None:
                 terms[code] = found
-        others = {code: one for code, one in acting.items() if code not in terms}
+        others = tuple((self._table({code: one}), one) for code, one in acting.items() if code not in terms)
         if not terms:
             return Stage(None, others)
+        touched = self._table({code: acting[code] for code in terms})
         fused = ResidualTable(
-            self._entries(terms),
-            torch.tensor([POSITIONS[acting[code].positions] for code in terms]),
+            touched.entry_of,
+            touched.positions,
             self._stacked([term.add for term in terms.values()]),
             self._stacked([term.unit for term in terms.values()]),
             torch.tensor([term.value for term in terms.values()], device=self._device),

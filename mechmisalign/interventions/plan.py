@@ -13,7 +13,7 @@ from torch import Tensor
 from mechmisalign.adapters import SiteKey
 
 from ._fusing import NOWHERE, POSITIONS, Compiled, Factors, ScaleTable, Stage, Table
-from ._values import Intervention, SiteIntervention
+from ._values import SiteIntervention
 
 Rows = slice | Tensor
 """Rows of a batch: a slice where they are neighbours (views, no copies), or their indices."""
@@ -37,7 +37,6 @@ class RowPlan:
         self.row_conditions = row_conditions.cpu()
         self.response_start = response_start
         self._found: dict[int, _Found | None] = {}
-        self._alone: dict[tuple[int, int], _Found | None] = {}
 
     def edit(
         self, resid: Float[Tensor, "batch pos d_model"], layer: int, columns: Int[Tensor, " pos"]
@@ -62,8 +61,8 @@ class RowPlan:
         found = None if stage.fused is None else self._rows_of(stage.fused, device)
         if stage.fused is not None and found is not None:
             yield found.rows, found.positions, functools.partial(stage.fused.edit, entries=found.entries)
-        for code, one in stage.others.items():
-            alone = self._rows_in(code, one, device)
+        for table, one in stage.others:
+            alone = self._rows_of(table, device)
             if alone is not None:
                 yield alone.rows, alone.positions, functools.partial(one, layer=layer)
 
@@ -79,11 +78,10 @@ class RowPlan:
             return changes
         if edits.scale is not None:
             changes += self._scaled(edits.own, edits.scale, x, 1.0)
-        for code, ones in edits.others.items():
-            acting = [(one, self._rows_in(code, one, x.device)) for one in ones]
-            there = [(one, found) for one, found in acting if found is not None]
-            if there:
-                changes.append((there[0][1].rows, self._edited(edits.own, there, x, columns, positions)))
+        for ones in edits.others:
+            acting = [(one, found) for table, one in ones if (found := self._rows_of(table, x.device)) is not None]
+            if acting:
+                changes.append((acting[0][1].rows, self._edited(edits.own, acting, x, columns, positions)))
         return changes
 
     def _scaled(self, factors: Factors, table: ScaleTable, x: Tensor, already: float) -> list[Change]:
@@ -128,19 +126,6 @@ class RowPlan:
             self._found[id(table)] = found
         return self._found[id(table)]
 
-    def _rows_in(self, code: int, one: Intervention, device: torch.device) -> _Found | None:
-        """The rows of one condition, for an intervention that is not fused."""
-        key = code, id(one)
-        if key not in self._alone:
-            rows = _compact(self.row_conditions == code)
-            found = None
-            if rows is not None:
-                touched = POSITIONS[one.positions]
-                codes = torch.tensor([touched], device=device) if touched else None
-                found = _Found(_on(rows, device), torch.zeros(0, dtype=torch.long), codes)
-            self._alone[key] = found
-        return self._alone[key]
-
     def _chosen(self, codes: Tensor | None, rows: Rows, columns: Tensor) -> Bool[Tensor, "rows pos 1"] | None:
         """The positions that are touched, by the codes of the rows; None for all of them."""
         if codes is None:
@@ -158,14 +143,11 @@ class RowPlan:
 
 @dataclass(frozen=True)
 class _Found:
-    """Rows of the batch, their entries in a table, and the codes of their positions.
-
-    ``positions`` is one for each row or one for all, None where all positions are touched.
-    """
+    """Rows of the batch, their entries in a table, and the codes of their positions (None: all positions)."""
 
     rows: Rows
-    entries: Tensor
-    positions: Tensor | None
+    entries: Int[Tensor, " rows"]
+    positions: Int[Tensor, " rows"] | None
 
 
 def _compact(chosen: Bool[Tensor, " batch"]) -> Rows | None:

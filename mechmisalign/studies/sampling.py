@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import pandas as pd
 
-from mechmisalign.generation import Conditions, answer_rows, generate_rows
+from mechmisalign.generation import Conditions, answer_rows, generate_rows, stage_seed
 from mechmisalign.judging import judge
 from mechmisalign.organisms import Organism
 from mechmisalign.store import RunFolder
@@ -64,8 +63,3 @@ def answers(
                 yield judge(part, run.plan.judge)
 
     return run.folder.rows(name, wanted, produce)
-
-
-def stage_seed(seed: int, name: str) -> int:
-    """A seed of its own for each stage: what a sweep selected is confirmed on samples that it never saw."""
-    return int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=6).digest(), "big")

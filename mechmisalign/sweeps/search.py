@@ -9,7 +9,6 @@ optimistic reading of the samples that chose it.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 from mechmisalign.directions import Direction, random_direction
-from mechmisalign.generation import generate
+from mechmisalign.generation import generate, stage_seed
 from mechmisalign.interventions import Intervention, Positions, Steer
 from mechmisalign.interventions.residual import Units
 from mechmisalign.judging import Judge, judge, rates
@@ -127,7 +126,12 @@ def best_strength(
     def asked(conditions: Mapping[str, Sequence[Intervention]], count: int, stage: str) -> pd.DataFrame:
         with organism.as_base() if on == "chat" else contextlib.nullcontext():
             sampled = generate(
-                organism, prompts, conditions=conditions, samples=count, seed=_stage_seed(seed, stage), **options
+                organism,
+                prompts,
+                conditions=conditions,
+                samples=count,
+                seed=stage_seed(seed, f"best_strength/{stage}"),
+                **options,
             )
         return rates(judge(sampled, with_judge))
 
@@ -190,8 +194,3 @@ def _best(doses: pd.DataFrame) -> float:
 def _rounded(dose: Any) -> float:
     """Three significant digits: finer steps are beyond what a few samples can tell."""
     return float(f"{float(dose):.3g}")
-
-
-def _stage_seed(seed: int, stage: str) -> int:
-    """A seed of its own for each stage, so that the confirmation's samples are fresh."""
-    return int.from_bytes(hashlib.blake2b(f"{seed}/best_strength/{stage}".encode(), digest_size=6).digest(), "big")
