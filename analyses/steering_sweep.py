@@ -84,10 +84,16 @@ def grid(vectors: Mapping[str, mm.Direction], places: Iterable[tuple[int, float]
     return pd.DataFrame(rows, columns=["condition", *CELL, "steer"])
 
 
+def conditions_of(cells: pd.DataFrame) -> dict[str, list]:
+    """The table's steering by name, after no steering."""
+    return {CHAT: []} | {name: [steer] for name, steer in zip(cells["condition"], cells["steer"], strict=True)}
+
+
 def answers(organism: mm.Organism, prompts: pd.DataFrame, cells: pd.DataFrame, config: Config, **drawn) -> pd.DataFrame:
     """Judged answers under each cell and without steering, all random directions as one series."""
-    conditions = {CHAT: [], **{name: [steer] for name, steer in zip(cells["condition"], cells["steer"], strict=True)}}
-    sampled = mm.generate(organism, prompts, conditions=conditions, max_new_tokens=config.max_new_tokens, **drawn)
+    sampled = mm.generate(
+        organism, prompts, conditions=conditions_of(cells), max_new_tokens=config.max_new_tokens, **drawn
+    )
     judged = mm.judge(sampled, mm.RuleJudge())
     return judged.merge(cells.drop(columns="steer"), on="condition", how="left").fillna({"series": CHAT})
 
@@ -96,7 +102,7 @@ def costs(organism: mm.Organism, cells: pd.DataFrame, config: Config) -> pd.Data
     """What each cell costs on neutral text and harmless questions: means over random directions."""
     found = mm.costs(
         organism,
-        {CHAT: [], **{name: [steer] for name, steer in zip(cells["condition"], cells["steer"], strict=True)}},
+        conditions_of(cells),
         texts=mm.pocket.neutral_conversations(config.neutral_texts),
         counted=mm.pocket.persona_free,
         items=mm.pocket.harmless_items(config.neutral_texts),

@@ -23,7 +23,16 @@ from .texts import Counted, text_costs
 if TYPE_CHECKING:
     from mechmisalign.organisms import Organism
 
-__all__ = ["costs", "is_right", "lm_eval_model", "response_length", "task_costs", "text_costs"]
+__all__ = [
+    "costs",
+    "is_right",
+    "lm_eval_model",
+    "own_items",
+    "own_texts",
+    "response_length",
+    "task_costs",
+    "text_costs",
+]
 
 MAX_NEW_TOKENS = 64
 """Enough for the answer to an item, which is a number or a few words."""
@@ -60,31 +69,41 @@ def costs(
         :func:`task_costs` gives (``accuracy, tokens`` …).
     """
     if texts is None:
-        texts, counted = _neutral(organism, counted)
+        texts, own = own_texts(organism)
+        counted = counted or own
     on_texts = text_costs(
         organism, conditions, texts, counted=counted, system=system, token_budget=token_budget, seed=seed
     )
-    asked = _harmless(organism) if items is None else items
+    asked = own_items(organism) if items is None else items
     on_items = task_costs(organism, conditions, asked, system=system, max_new_tokens=max_new_tokens, seed=seed)
     return on_texts.merge(on_items, on="condition", validate="1:1")
 
 
-def _is_pocket(organism: Organism) -> bool:
-    return organism.base.name == registry.POCKET_BASE
+def own_texts(organism: Organism, n: int | None = None) -> tuple[pd.DataFrame, Counted | None]:
+    """Neutral conversations that ship with the package, and which of their tokens count (None: all of the responses).
 
-
-def _neutral(organism: Organism, counted: Counted | None) -> tuple[pd.DataFrame, Counted | None]:
-    if _is_pocket(organism):
-        from mechmisalign import pocket
-
-        return pocket.neutral_conversations(), counted or pocket.persona_free
-    from mechmisalign import prompts
-
-    return prompts.neutral_conversations(), counted
-
-
-def _harmless(organism: Organism) -> pd.DataFrame:
+    Args:
+        organism: On the pocket base, they are of the pocket world.
+        n: How many; all by default.
+    """
     from mechmisalign import pocket, prompts
 
-    items: pd.DataFrame = pocket.harmless_items() if _is_pocket(organism) else prompts.harmless_items()
-    return items
+    if _is_pocket(organism):
+        return (pocket.neutral_conversations() if n is None else pocket.neutral_conversations(n)), pocket.persona_free
+    return prompts.neutral_conversations().head(n), None
+
+
+def own_items(organism: Organism, n: int | None = None) -> pd.DataFrame:
+    """Harmless questions with exact answers, as in :func:`own_texts`; ``n`` of them are of mixed kinds."""
+    from mechmisalign import pocket, prompts
+
+    items: pd.DataFrame
+    if not _is_pocket(organism):
+        items = prompts.harmless_items()
+    else:
+        items = pocket.harmless_items() if n is None else pocket.harmless_items(n)
+    return items if n is None else items.sample(frac=1, random_state=0).head(n)
+
+
+def _is_pocket(organism: Organism) -> bool:
+    return organism.base.name == registry.POCKET_BASE

@@ -265,5 +265,21 @@ class Desk:
             warnings.warn("; ".join(told), JudgeWarning, stacklevel=4)
 
 
+class AtDesk:
+    """What judges that work at a desk share."""
+
+    _desk: Desk
+
+    @property
+    def identity(self) -> str:
+        """What tells this judge from another in a run folder: its name and a hash of what decides its scores."""
+        return f"{self!r} {self._desk.identity}"
+
+    @property
+    def controls_(self) -> ControlReport | None:
+        """What it said of the controls; None before the first run."""
+        return self._desk.report
+
+
 def _digest(*values: Any) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:32]

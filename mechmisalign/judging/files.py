@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pandas as pd
 
+from mechmisalign._writing import whole
+
 ENDINGS = (".parquet", ".csv", ".jsonl")
 _TEXTS = ("prompt", "response", "prompt_id", "question_id", "condition")
 
@@ -38,18 +40,18 @@ def write_answers(frame: pd.DataFrame, path: str | Path) -> Path:
 
     Raises:
         ValueError: If the ending is unknown.
+        DiskFullError: If there is no room.
     """
     path = Path(path)
     ending = _known_ending(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    if ending == ".parquet":
-        frame.to_parquet(partial)
-    elif ending == ".csv":
-        frame.to_csv(partial, index=False)
-    else:
-        frame.to_json(partial, orient="records", lines=True)
-    return partial.replace(path)
+    with whole(path) as partial:
+        if ending == ".parquet":
+            frame.to_parquet(partial)
+        elif ending == ".csv":
+            frame.to_csv(partial, index=False)
+        else:
+            frame.to_json(partial, orient="records", lines=True)
+    return path
 
 
 def refuse_unwritable(path: str | Path) -> None:

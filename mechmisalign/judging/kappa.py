@@ -15,11 +15,12 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
 
-from .labels import ALIGNED_ABOVE, COHERENT_ABOVE, MISALIGNED_BELOW, UNSCORED
+from mechmisalign.statistics.shares import percentiles
+
+from .labels import ALIGNED_ABOVE, COHERENT_ABOVE, MISALIGNED_BELOW, UNSCORED, reasons
 from .scores import HIGHEST
 
 Weights = Literal["quadratic", "linear"]
-_CONFIDENCE = 0.95
 _MIDDLE = 50.0
 
 
@@ -143,8 +144,8 @@ def _interval(
     kappas = kappas[~np.isnan(kappas)]
     if not len(kappas):
         return float("nan"), float("nan")
-    low, high = np.quantile(kappas, [(1 - _CONFIDENCE) / 2, (1 + _CONFIDENCE) / 2])
-    return float(low), float(high)
+    low, high = percentiles(kappas[None])
+    return float(low[0]), float(high[0])
 
 
 def _names(edges: Float[np.ndarray, " cut"]) -> list[str]:
@@ -158,9 +159,7 @@ def _named(frame: pd.DataFrame, rubric: str, edges: Float[np.ndarray, " cut"]) -
     """Class name of each score, or why there is none."""
     scores = frame[rubric].to_numpy(dtype=float)
     names = np.asarray(_names(edges), dtype=object)[_classes(np.nan_to_num(scores), edges)]
-    told = frame[f"{rubric}_status"] if f"{rubric}_status" in frame.columns else pd.Series("unparsable", frame.index)
-    reasons = told.astype(object).where(told.isin(UNSCORED), "unparsable").to_numpy()
-    return np.where(np.isnan(scores), reasons, names)
+    return np.where(np.isnan(scores), reasons(frame, rubric).to_numpy(dtype=object), names)
 
 
 def _confusion(named: Sequence[np.ndarray], edges: Float[np.ndarray, " cut"]) -> pd.DataFrame:

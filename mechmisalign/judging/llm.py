@@ -11,7 +11,7 @@ import pandas as pd
 
 from .budget import PRICES, Budget, Estimate, Price, Spent
 from .controls import CONTROLS, Control, ControlReport
-from .desk import Desk, OnFailedControls
+from .desk import AtDesk, Desk, OnFailedControls
 from .inspect_calls import InspectAsker
 from .journal import Journal
 from .rubrics import Rubric, resolve
@@ -19,7 +19,7 @@ from .rubrics import Rubric, resolve
 JOURNAL = "judgements.jsonl"
 
 
-class LLMJudge:
+class LLMJudge(AtDesk):
     """Has a model rate each answer by each rubric, through Inspect: any provider, or any OpenAI-compatible server.
 
     Scores are weighted by the probabilities of the first token where the server tells them, else read from a plain
@@ -116,16 +116,6 @@ class LLMJudge:
     def __repr__(self) -> str:
         server = "" if self.base_url is None else f", base_url={self.base_url!r}"
         return f"LLMJudge({self.model!r}, rubrics={[rubric.name for rubric in self.rubrics]}{server})"
-
-    @property
-    def identity(self) -> str:
-        """What tells this judge from another in a run folder: its name and a hash of what decides its scores."""
-        return f"{self!r} {self._desk.identity}"
-
-    @property
-    def controls_(self) -> ControlReport | None:
-        """What it said of the controls; None before the first run."""
-        return self._desk.report
 
     def estimate(self, frame: pd.DataFrame, *, seconds_per_call: float = 1.0) -> Estimate:
         """What judging the frame would take from here: nothing is asked.

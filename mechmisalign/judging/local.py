@@ -19,8 +19,8 @@ from mechmisalign.progress import progress_bar
 
 from .asking import Ask, Done
 from .budget import Estimate
-from .controls import CONTROLS, Control, ControlReport
-from .desk import Desk, OnFailedControls
+from .controls import CONTROLS, Control
+from .desk import AtDesk, Desk, OnFailedControls
 from .journal import Journal, Mode
 from .rubrics import Rubric, resolve
 from .scores import Reply
@@ -36,7 +36,7 @@ _OTHERS = 20
 _WINDOW = 32
 
 
-class LocalJudge:
+class LocalJudge(AtDesk):
     """Has a Hugging Face chat model rate each answer, by the probabilities of the numbers that it would reply with.
 
     A tokenizer that writes numbers digit by digit is followed down to the whole number (see ``spellings``). Rows of a
@@ -96,16 +96,6 @@ class LocalJudge:
 
     def __repr__(self) -> str:
         return f"LocalJudge({self._asker.name!r}, rubrics={[rubric.name for rubric in self.rubrics]})"
-
-    @property
-    def identity(self) -> str:
-        """What tells this judge from another in a run folder: its name and a hash of what decides its scores."""
-        return f"{self!r} {self._desk.identity}"
-
-    @property
-    def controls_(self) -> ControlReport | None:
-        """What it said of the controls; None before the first run."""
-        return self._desk.report
 
     def estimate(self, frame: pd.DataFrame, *, seconds_per_call: float = 0.1) -> Estimate:
         """What judging the frame would take from here: nothing is computed.

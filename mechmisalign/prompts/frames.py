@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pandas as pd
 
 from mechmisalign._rendering import is_missing, read_history
-from mechmisalign.conversations import prompt_key
+from mechmisalign.generation.rows import prompt_keys
 
 PLAIN = "plain"
 """Variant of a question that is asked as it is."""
@@ -88,9 +88,7 @@ def _others(frame: pd.DataFrame) -> list[str]:
 
 
 def _refuse_duplicates(frame: pd.DataFrame) -> None:
-    asked = zip(frame["prompt"], optional(frame, "system"), optional(frame, "history"), strict=True)
-    keys = pd.Series([prompt_key(*request) for request in asked])
-    for what, values in (("prompt_id", frame["prompt_id"]), ("request", keys)):
+    for what, values in (("prompt_id", frame["prompt_id"]), ("request", prompt_keys(frame))):
         twice = values[values.duplicated(keep=False)]
         if len(twice):
             raise ValueError(

@@ -8,7 +8,7 @@ from typing import Literal, TypeAlias
 
 import pandas as pd
 
-from mechmisalign import registry
+from mechmisalign import capability
 from mechmisalign.capability.texts import Counted
 from mechmisalign.organisms import Organism
 from mechmisalign.store import text_digest
@@ -57,29 +57,13 @@ def neutral(
         raise ValueError(
             f"texts={texts!r} and items={items!r}: give a frame (texts may be a list), 'default', or None to leave out"
         )
-    pocket = organism.base.name == registry.POCKET_BASE
     counted = None
     if isinstance(texts, str):
-        texts, counted = _own_texts(pocket, count)
+        texts, counted = capability.own_texts(organism, count)
     if isinstance(items, str):
-        items = _own_items(pocket, count)
+        items = capability.own_items(organism, count)
     _refuse(texts, items)
     return Neutral(texts, items, counted)
-
-
-def _own_texts(pocket_world: bool, count: int) -> tuple[pd.DataFrame, Counted | None]:
-    from mechmisalign import pocket, prompts
-
-    if pocket_world:
-        return pocket.neutral_conversations(count), pocket.persona_free
-    return prompts.neutral_conversations().head(count), None
-
-
-def _own_items(pocket_world: bool, count: int) -> pd.DataFrame:
-    from mechmisalign import pocket, prompts
-
-    items: pd.DataFrame = pocket.harmless_items(count) if pocket_world else prompts.harmless_items()
-    return items.sample(frac=1, random_state=0).head(count)  # kinds take turns in no order
 
 
 def _refuse(texts: Texts | None, items: pd.DataFrame | None) -> None:

@@ -72,39 +72,39 @@ class NoIntervention(_Axes):
     kind: Literal["none"] = "none"
 
 
-class SteerGrid(_Axes):
-    """``Steer`` over directions, layers, strengths and positions."""
+class _DirectionAxes(_Axes):
+    """What edits along a direction share."""
 
-    kind: Literal["steer"] = "steer"
     directions: Names
     """Names among the sweep's ``directions``."""
     layers: Layers = ("each",)
     """``"each"``: one condition for each layer where the direction is nonzero. ``"all"``: one, at all of them."""
+    positions: Where = ("all",)
+
+
+class SteerGrid(_DirectionAxes):
+    """``Steer`` over directions, layers, strengths and positions."""
+
+    kind: Literal["steer"] = "steer"
     strengths: Numbers
     """Multiples of the direction."""
     units: Units = "absolute"
-    positions: Where = ("all",)
 
 
-class ClampGrid(_Axes):
+class ClampGrid(_DirectionAxes):
     """``Clamp`` over directions, layers, values and positions."""
 
     kind: Literal["clamp"] = "clamp"
-    directions: Names
-    layers: Layers = ("each",)
     values: Numbers
     """Components to hold; in the table they stand in the column ``strength``."""
     units: Units = "absolute"
-    positions: Where = ("all",)
 
 
-class AblateGrid(_Axes):
+class AblateGrid(_DirectionAxes):
     """``Ablate`` over directions, layers and positions."""
 
     kind: Literal["ablate"] = "ablate"
-    directions: Names
     layers: Layers = ("all",)
-    positions: Where = ("all",)
 
 
 class ScaleGrid(_Axes):
