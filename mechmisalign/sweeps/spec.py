@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from mechmisalign import _yaml
+from mechmisalign._specs import told
 from mechmisalign.interventions import Positions
 from mechmisalign.interventions.residual import Units
 
-from . import _yaml
-from ._errors import SweepError, told
+from ._errors import SweepError, model_finder
 from .sources import DirectionSource, JudgeSource, OrganismSource, PromptSource
 
 On = Literal["organism", "chat"]
@@ -193,7 +194,7 @@ class Sweep(BaseModel):
             try:
                 super().__init__(**values)
             except ValidationError as error:
-                raise SweepError(told(error, Sweep, KINDS)) from None
+                raise SweepError(told(error, model_finder(Sweep, KINDS))) from None
 
     @model_validator(mode="after")
     def _names_agree(self) -> Sweep:
