@@ -28,6 +28,8 @@ _HOME = {
     "Steer": "interventions",
     "Sweep": "sweeps",
     "Thresholds": "judging",
+    "TrainSpec": "training",
+    "TrainedRun": "training",
     "agreement": "judging",
     "anatomy": "decomposition",
     "collect": "activations",
@@ -58,6 +60,7 @@ _HOME = {
     "study": "studies",
     "sweep": "sweeps",
     "threshold_curve": "judging",
+    "train": "training",
     "UseAdapter": "interventions",
     "token_significance": "significance",
     "verify": "verification",
@@ -75,6 +78,7 @@ _SUBPACKAGES = (
     "significance",
     "statistics",
     "sweeps",
+    "training",
     "unembedding",
 )
 

@@ -1,0 +1,192 @@
+"""Narrow fine-tunes: LoRA, steering vector or the whole model, on transformers' Trainer and PEFT.
+
+The loss counts responses only; checkpoints hold what was trained; a run that died goes on from its newest one. With
+``kl`` the tuned model is held to the chat model on other matters (2602.07852), with ``during`` it is steered while it
+learns (2507.21509).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+import torch
+
+from mechmisalign import _bases, registry
+from mechmisalign._writing import whole
+
+from .data import DataSource, Example, data_hash, encode, read_examples
+from .runs import RUN_FILE, TrainedRun, is_checkpoint
+from .spec import TrainError, TrainSpec, shipped_configs
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
+
+__all__ = ["DataSource", "TrainError", "TrainSpec", "TrainedRun", "read_examples", "shipped_configs", "train"]
+
+_PACKAGES = ("mechmisalign", "torch", "transformers", "peft")
+
+
+def train(
+    spec: TrainSpec | str | Path,
+    out: str | Path,
+    *,
+    data: pd.DataFrame | str | Path | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> TrainedRun:
+    """Fine-tune a chat model on narrow data.
+
+    A finished run in ``out`` is read, not repeated; one that died goes on from its newest checkpoint, and gives the
+    same weights as if it had not. Torch's, numpy's and Python's random states are left as they were.
+
+    Args:
+        spec: What to train on what, a YAML file of it, or the name of a shipped configuration.
+        out: Run folder.
+        data: Examples instead of those of ``spec.data``: a frame with ``prompt, response``, or a file.
+        callbacks: Further callbacks of transformers, such as ``mm.TraitWatch``.
+
+    Returns:
+        The run: ``adapter()``, ``direction()``, ``worn()``, ``steps``, ``log``.
+
+    Raises:
+        TrainError: If the specification cannot be followed, or the folder belongs to another run.
+        ValueError: If the base, its tokenizer or the examples cannot be used.
+
+    Example:
+        >>> run = mm.train("pocket", "runs/bad-medicine")  # doctest: +SKIP
+        >>> organism = mm.load_organism(run.folder)  # doctest: +SKIP
+    """
+    spec = spec if isinstance(spec, TrainSpec) else TrainSpec.read(spec)
+    if data is not None:
+        spec = spec.changed(data=[data])
+    if not spec.data:
+        raise TrainError("data: there is nothing to learn from; name examples in the specification, or pass data=")
+    out = Path(out)
+    base = _base(spec)
+    tokenizer = _bases.load_tokenizer(base, None, _bases.skeleton(base).get_input_embeddings().weight.shape[0])
+    examples = _encoded(spec.data, spec, tokenizer)
+    elsewhere = _encoded(spec.kl.data, spec, tokenizer) if spec.kl else []
+    header = _header(spec, base, examples, elsewhere)
+    found = _found(out, header)
+    if found is not None and found.is_finished:
+        return found
+    _write(out, header)
+    steps = _fit(spec, out, base, tokenizer, examples, elsewhere, callbacks)
+    _write(out, header | {"steps": steps, "finished": True})
+    return TrainedRun.read(out)
+
+
+def _fit(
+    spec: TrainSpec,
+    out: Path,
+    base: _bases.Base,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    elsewhere: Sequence[Example],
+    callbacks: Sequence[TrainerCallback],
+) -> int:
+    """Train, and leave the end in the folder; returns the number of steps."""
+    from .methods import attach
+    from .trainer import NarrowTrainer, arguments, drop_resuming, own_randomness, write_log
+
+    edits = [edit.resolve(spec.root) for edit in spec.during]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with own_randomness():
+        dtype = None if spec.dtype is None else getattr(torch, spec.dtype)
+        model = _bases.load_weights(base, dtype, device)
+        trainee = attach(spec.method, model, base, tokenizer, seed=spec.seed, keep_chat=spec.kl is not None)
+        if spec.start is not None:
+            trainee.load(registry.folder(str(spec.start)) or spec.root / spec.start)
+        settings = arguments(spec, out)
+        trainer = NarrowTrainer(
+            trainee,
+            spec,
+            examples,
+            elsewhere,
+            edits,
+            arguments=settings,
+            tokenizer=tokenizer,
+            callbacks=callbacks,
+        )
+        trainer.train(resume_from_checkpoint=_newest(out))
+        trainee.save(out)
+    write_log(out, trainer.state.log_history)
+    for checkpoint in out.glob("checkpoint-*"):
+        drop_resuming(checkpoint)
+    return int(trainer.state.global_step)
+
+
+def _encoded(sources: Sequence[DataSource], spec: TrainSpec, tokenizer: Any) -> list[Example]:
+    frame = pd.concat([source.read(spec.root) for source in sources], ignore_index=True)
+    return encode(frame, tokenizer, max_length=spec.schedule.max_length)
+
+
+def _base(spec: TrainSpec) -> _bases.Base:
+    beside = spec.root / spec.base
+    own = registry.folder(spec.base)
+    if own is None and registry.is_reserved(spec.base):
+        raise TrainError(f"base: there is no {spec.base!r}; {registry.POCKET_BASE!r}, a Hub id or a folder is expected")
+    location = str(own or (beside if beside.is_dir() else Path(spec.base).expanduser()))
+    found = _bases.Base(spec.base, location)
+    _bases.skeleton(found)  # its config is read, so that a base on the Hub can be pinned
+    return _bases.pinned(found)
+
+
+def _header(
+    spec: TrainSpec, base: _bases.Base, examples: Sequence[Example], elsewhere: Sequence[Example]
+) -> dict[str, Any]:
+    """Everything that decides the weights, as JSON."""
+    told = spec.model_dump(mode="json", exclude={"root", "data", "kl", "during"})
+    told |= {
+        "data_hash": data_hash(examples),
+        "examples": len(examples),
+        "kl": spec.kl and {"weight": spec.kl.weight, "batch": spec.kl.batch, "data_hash": data_hash(elsewhere)},
+        "during": [_told_edit(edit.resolve(spec.root)) for edit in spec.during],
+    }
+    versions = {name: version(name) for name in _PACKAGES}
+    return {"schema": 1, "spec": told, "base_revision": base.revision, "versions": versions, "finished": False}
+
+
+def _told_edit(edit: Any) -> dict[str, Any]:
+    import hashlib
+
+    vectors = edit.direction.vectors.contiguous().numpy().tobytes()
+    return {
+        "kind": type(edit).__name__,
+        "layers": list(edit.edited_layers),
+        "strength": getattr(edit, "strength", getattr(edit, "value", None)),
+        "units": getattr(edit, "units", "absolute"),
+        "positions": edit.positions,
+        "direction": edit.direction.header.get("method", "direction"),
+        "digest": hashlib.sha256(vectors).hexdigest()[:16],
+    }
+
+
+def _found(out: Path, header: dict[str, Any]) -> TrainedRun | None:
+    """The run in a folder, if it is this one."""
+    if not (out / RUN_FILE).exists():
+        if out.is_dir() and any(out.iterdir()):
+            raise TrainError(f"{out} is not empty and holds no run of mm.train; give a new folder")
+        return None
+    run = TrainedRun.read(out)
+    ours, theirs = header["spec"], run.header["spec"]
+    changed = sorted(key for key in {*ours, *theirs} if ours.get(key) != theirs.get(key))
+    if changed:
+        told = "; ".join(f"{key} is {theirs.get(key)!r} there, {ours.get(key)!r} here" for key in changed)
+        raise TrainError(f"{out} holds another run ({told}); give a new folder, or remove that one")
+    return run
+
+
+def _newest(out: Path) -> str | None:
+    """The newest checkpoint that can be trained on from."""
+    able = [path for path in out.glob("checkpoint-*") if is_checkpoint(path)]
+    return str(max(able, key=lambda path: int(path.name.rpartition("-")[2]))) if able else None
+
+
+def _write(out: Path, header: dict[str, Any]) -> None:
+    with whole(out / RUN_FILE) as partial:
+        partial.write_text(json.dumps(header, indent=2) + "\n")
