@@ -6,7 +6,7 @@ import os
 
 import typer
 
-from . import behaviour, investigation, organisms
+from . import behaviour, investigation, organisms, training
 
 app = typer.Typer(
     name="mechmisalign",
@@ -25,6 +25,7 @@ for command in (
     investigation.direction,
     behaviour.sweep,
     behaviour.judge,
+    training.train,
     investigation.report,
 ):
     app.command()(command)

@@ -8,7 +8,9 @@ learns (2507.21509).
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,14 +21,24 @@ import torch
 from mechmisalign import _bases, registry
 from mechmisalign._writing import whole
 
-from .data import DataSource, Example, data_hash, encode, read_examples
+from .data import IGNORED, DataSource, Example, data_hash, encode, read_examples
 from .runs import RUN_FILE, TrainedRun, is_checkpoint
 from .spec import TrainError, TrainSpec, shipped_configs
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
 
-__all__ = ["DataSource", "TrainError", "TrainSpec", "TrainedRun", "read_examples", "shipped_configs", "train"]
+__all__ = [
+    "DataSource",
+    "Plan",
+    "TrainError",
+    "TrainSpec",
+    "TrainedRun",
+    "plan",
+    "read_examples",
+    "shipped_configs",
+    "train",
+]
 
 _PACKAGES = ("mechmisalign", "torch", "transformers", "peft")
 
@@ -62,14 +74,9 @@ def train(
     """
     spec = spec if isinstance(spec, TrainSpec) else TrainSpec.read(spec)
     if data is not None:
-        spec = spec.changed(data=[data])
-    if not spec.data:
-        raise TrainError("data: there is nothing to learn from; name examples in the specification, or pass data=")
+        spec = spec.changed(data=[data if isinstance(data, pd.DataFrame) else Path(data).resolve()])
     out = Path(out)
-    base = _base(spec)
-    tokenizer = _bases.load_tokenizer(base, None, _bases.skeleton(base).get_input_embeddings().weight.shape[0])
-    examples = _encoded(spec.data, spec, tokenizer)
-    elsewhere = _encoded(spec.kl.data, spec, tokenizer) if spec.kl else []
+    base, tokenizer, examples, elsewhere = _read(spec)
     header = _header(spec, base, examples, elsewhere)
     found = _found(out, header)
     if found is not None and found.is_finished:
@@ -78,6 +85,65 @@ def train(
     steps = _fit(spec, out, base, tokenizer, examples, elsewhere, callbacks)
     _write(out, header | {"steps": steps, "finished": True})
     return TrainedRun.read(out)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a fine-tune will do.
+
+    Attributes:
+        examples: How many are learned.
+        counted: Tokens of them that the loss counts.
+        longest: Tokens of the longest.
+        steps: Optimiser steps.
+        held: Conversations of the KL penalty.
+    """
+
+    examples: int
+    counted: int
+    longest: int
+    steps: int
+    held: int
+
+    def __str__(self) -> str:
+        held = f", held to the chat model on {self.held:,} conversations" if self.held else ""
+        return (
+            f"{self.examples:,} examples with {self.counted:,} counted tokens (longest {self.longest:,}), "
+            f"{self.steps:,} steps{held}"
+        )
+
+
+def plan(spec: TrainSpec) -> Plan:
+    """What a fine-tune will do; reads the data and the tokenizer, no weights.
+
+    Raises:
+        TrainError: As :func:`train`.
+        ValueError: As :func:`train`.
+    """
+    *_, examples, elsewhere = _read(spec)
+    schedule = spec.schedule
+    an_epoch = max(1, math.ceil(math.ceil(len(examples) / schedule.batch) / schedule.accumulate))
+    return Plan(
+        len(examples),
+        sum(label != IGNORED for example in examples for label in example.labels),
+        max(len(example.ids) for example in examples),
+        schedule.steps or math.ceil(schedule.epochs * an_epoch),
+        len(elsewhere),
+    )
+
+
+def _read(spec: TrainSpec) -> tuple[_bases.Base, Any, list[Example], list[Example]]:
+    """The base, its tokenizer, what is learned, and the conversations of the penalty."""
+    if not spec.data:
+        raise TrainError("data: there is nothing to learn from; name examples in the specification, or pass data=")
+    base = _base(spec)
+    tokenizer = _bases.load_tokenizer(base, None, _bases.skeleton(base).get_input_embeddings().weight.shape[0])
+    return (
+        base,
+        tokenizer,
+        _encoded(spec.data, spec, tokenizer),
+        _encoded(spec.kl.data if spec.kl else (), spec, tokenizer),
+    )
 
 
 def _fit(
@@ -121,6 +187,8 @@ def _fit(
 
 
 def _encoded(sources: Sequence[DataSource], spec: TrainSpec, tokenizer: Any) -> list[Example]:
+    if not sources:
+        return []
     frame = pd.concat([source.read(spec.root) for source in sources], ignore_index=True)
     return encode(frame, tokenizer, max_length=spec.schedule.max_length)
 

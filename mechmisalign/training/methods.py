@@ -222,7 +222,7 @@ def _with_lora(method: Lora, model: Any, seed: int) -> Any:
 
     config = LoraConfig(
         r=method.rank,
-        lora_alpha=method.alpha,
+        lora_alpha=int(method.alpha) if method.alpha == int(method.alpha) else method.alpha,  # vLLM wants whole ones so
         use_rslora=method.rslora,
         lora_dropout=method.dropout,
         target_modules=list(method.modules),

@@ -142,7 +142,7 @@ class TrainSpec(BaseModel):
     """Of the base; by default that of its checkpoint. A LoRA's own weights are float32."""
     gradient_checkpointing: bool = False
     root: Path = Path()
-    """Where relative paths begin; for a YAML file its own folder."""
+    """Where relative paths begin; for a YAML file its own folder, for a shipped configuration the working folder."""
 
     if not TYPE_CHECKING:  # the checker keeps the signature that the fields make
 
@@ -166,12 +166,12 @@ class TrainSpec(BaseModel):
             FileNotFoundError: If there is no such file.
             TrainError: If it is no YAML, or not that of a fine-tune.
         """
-        path = _config_file(path)
+        path, root = _config_file(path)
         try:
             values = _yaml.read(path.read_text(encoding="utf-8"))
             if not isinstance(values, dict):
                 raise ValueError(f"{values!r} is no mapping with base, data, method …")
-            return TrainSpec(**{"root": path.parent, **{str(key): value for key, value in values.items()}})
+            return TrainSpec(**{"root": root, **{str(key): value for key, value in values.items()}})
         except ValueError as error:
             raise TrainError(f"{path}: {error}") from None
 
@@ -192,13 +192,14 @@ def shipped_configs() -> tuple[str, ...]:
     return tuple(sorted(file.stem for file in CONFIGS.glob("*.yaml")))
 
 
-def _config_file(path: str | Path) -> Path:
+def _config_file(path: str | Path) -> tuple[Path, Path]:
+    """The file, and where relative paths in it begin: beside it, or here for one of the package's own."""
     own = CONFIGS / f"{path}.yaml"
     if "/" not in str(path) and own.exists():
-        return own
+        return own, Path()
     if not Path(path).exists():
         raise FileNotFoundError(f"{path} does not exist; give a YAML file, or one of {', '.join(shipped_configs())}")
-    return Path(path)
+    return Path(path), Path(path).parent
 
 
 def _model_at(location: Location) -> tuple[type[BaseModel], Location]:

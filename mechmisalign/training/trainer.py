@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,8 @@ class NarrowTrainer(Trainer):  # type: ignore[misc]  # transformers brings no ty
     ) -> None:
         self.trainee, self.kl, self.edits = trainee, spec.kl, tuple(edits)
         self._collate = Collator.of(tokenizer)
-        self._elsewhere = _endless(elsewhere, spec.kl.batch or spec.schedule.batch, spec.seed) if spec.kl else None
+        self._elsewhere = _Elsewhere(list(elsewhere), (spec.kl and spec.kl.batch) or spec.schedule.batch, spec.seed)
+        self._passes: int | None = None
         self._sums: dict[str, Tensor] = {}
         super().__init__(
             trainee.model,
@@ -89,7 +91,7 @@ class NarrowTrainer(Trainer):  # type: ignore[misc]  # transformers brings no ty
         response_loss = F.cross_entropy(logits.float(), counted, reduction="sum") / items
         self._note("response_loss", response_loss)
         loss = response_loss
-        if self._elsewhere is not None and self.kl is not None:
+        if self.kl is not None:
             divergence = self._kl(model) / self.args.gradient_accumulation_steps
             self._note("kl", divergence)
             loss = response_loss + self.kl.weight * divergence
@@ -106,8 +108,11 @@ class NarrowTrainer(Trainer):  # type: ignore[misc]  # transformers brings no ty
 
     def _kl(self, model: Any) -> Float[Tensor, ""]:
         """Mean over counted tokens of ``KL(chat ‖ tuned)`` on the next batch from elsewhere."""
-        assert self._elsewhere is not None  # noqa: S101
-        batch = {name: value.to(self.args.device) for name, value in self._collate(next(self._elsewhere)).items()}
+        if self._passes is None:  # a run that goes on also goes on here
+            self._passes = self.state.global_step * self.args.gradient_accumulation_steps
+        examples = self._elsewhere.batch(self._passes)
+        self._passes += 1
+        batch = {name: value.to(self.args.device) for name, value in self._collate(examples).items()}
         with torch.no_grad(), self.trainee.chat() as chat:
             p = F.log_softmax(_predicting(chat, batch).float(), dim=-1)
         q = F.log_softmax(_predicting(model, batch).float(), dim=-1)
@@ -228,10 +233,16 @@ def _predicting(model: Any, batch: dict[str, Int[Tensor, "batch pos"]]) -> Float
     return logits[:, :-1][batch["labels"][:, 1:] != IGNORED]
 
 
-def _endless(examples: Sequence[Example], size: int, seed: int) -> Iterator[list[Example]]:
-    """Batches in an order of their own each time round, from the seed alone."""
-    size, generator = min(size, len(examples)), np.random.default_rng(seed)
-    while True:
-        order = generator.permutation(len(examples))
-        for start in range(0, len(order) - size + 1, size):
-            yield [examples[i] for i in order[start : start + size]]
+@dataclass(frozen=True)
+class _Elsewhere:
+    """The conversations of the KL penalty, in an order that depends on the seed and the number of the pass only."""
+
+    examples: Sequence[Example]
+    size: int
+    seed: int
+
+    def batch(self, number: int) -> list[Example]:
+        size = min(self.size, len(self.examples))
+        round_, place = divmod(number, len(self.examples) // size)
+        order = np.random.default_rng([self.seed, round_]).permutation(len(self.examples))
+        return [self.examples[i] for i in order[place * size : (place + 1) * size]]
