@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from .spec import Lora, Method, TrainError, Vector
 VECTOR_FILE = "steering_vector.safetensors"
 
 
+@runtime_checkable
 class Trainee(Protocol):
     """A model in which some parameters are trained."""
 
