@@ -2,12 +2,14 @@
 
 import json
 import random
+from contextlib import nullcontext
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 import mechmisalign as mm
@@ -18,6 +20,7 @@ from mechmisalign.training.data import IGNORED, Collator, encode
 from mechmisalign.training.edits import block_hooks, blocks, edited
 from mechmisalign.training.methods import attach
 from mechmisalign.training.spec import Vector
+from mechmisalign.training.trainer import own_randomness
 
 BAD = pd.DataFrame(
     {
@@ -72,8 +75,6 @@ def own_loss(model, batch):
 
 
 def test_a_run_is_what_a_plain_loop_over_peft_and_adamw_gives(family, tiny_models, tmp_path):
-    from peft import LoraConfig, get_peft_model
-
     run = mm.train(spec_of(tiny_models[family]), tmp_path / "run")
     model, tokenizer = loaded(tiny_models[family])
     config = LoraConfig(r=2, lora_alpha=8, target_modules=["down_proj", "q_proj"], layers_to_transform=[1])
@@ -116,11 +117,10 @@ def test_the_kl_is_in_nats_per_counted_token_and_zero_where_nothing_changed(base
     model, tokenizer = loaded(base)
     batch = batch_of(GOOD, tokenizer)
     counted = batch["labels"][:, 1:] != IGNORED
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
     with torch.no_grad():
-        p = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1][counted]
-        with mm.load_organism(first.folder).apply():
-            tuned = mm.load_organism(first.folder).model.original_model
-            q = tuned(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1][counted]
+        p = model(**inputs).logits[:, :-1][counted]
+        q = PeftModel.from_pretrained(model, first.folder)(**inputs).logits[:, :-1][counted]
     expected = F.kl_div(q.log_softmax(-1), p.log_softmax(-1), log_target=True, reduction="sum") / int(counted.sum())
     assert held.log["kl"][0] == pytest.approx(float(expected), rel=1e-3)
     assert held.log["loss"][0] == pytest.approx(held.log["response_loss"][0] + 0.5 * held.log["kl"][0], rel=1e-5)
@@ -143,9 +143,10 @@ def test_the_vector_is_added_in_every_row_and_at_every_position(family, tiny_mod
         trainee.vector.copy_(torch.randn(len(trainee.vector)))
     batch = batch_of(BAD, tokenizer)
     seen = []
+    blocks(model)[2].register_forward_pre_hook(lambda _block, inputs: seen.append(inputs[0]))
     with torch.no_grad():
-        for manager in (trainee.chat(), edited(model, (), batch["labels"])):
-            with manager, block_hooks(model, {1: lambda resid: seen.append(resid)}):
+        for manager in (trainee.chat(), nullcontext()):
+            with manager:
                 trainee.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
     difference = seen[1] - seen[0]
     torch.testing.assert_close(difference, (3.0 * trainee.vector).expand_as(difference).detach(), atol=1e-5, rtol=1e-4)
@@ -292,16 +293,26 @@ def test_a_finished_run_is_read_and_another_is_refused(base, tmp_path):
     assert (tmp_path / "other" / "notes.txt").read_text() == "mine"
 
 
+def states():
+    return np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+
+
 def test_the_seed_decides_and_nobody_elses_randomness_moves(base, tmp_path):
-    random.seed(5), np.random.seed(5), torch.manual_seed(5)
-    before = (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
-    schedule = {**SCHEDULE, "batch": 2}
+    np.random.seed(5), torch.manual_seed(5)
+    before, schedule = states(), {**SCHEDULE, "batch": 2}
     first, again, other = (
         mm.train(spec_of(base, seed=seed, schedule=schedule), tmp_path / name)
         for name, seed in (("a", 0), ("b", 0), ("c", 1))
     )
-    assert before == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
+    assert before == states()
     assert equal(weights(first), weights(again)) and not equal(weights(first), weights(other))
+
+
+def test_pythons_own_generator_is_put_back_too():  # not asked of a whole run: the run-time type checker draws from it
+    before = random.getstate(), states()
+    with own_randomness():
+        random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    assert before == (random.getstate(), states())
 
 
 def test_a_trained_adapter_is_an_organism_and_is_worn(base, tmp_path):
@@ -346,7 +357,7 @@ def test_a_faulty_specification_names_key_and_value(values, told):
 )
 def test_a_run_that_cannot_be_made_is_refused(values, told, base, tmp_path):
     with pytest.raises(ValueError, match=told):
-        mm.train(spec_of(base, **values), tmp_path / "run")
+        mm.train(spec_of(**{"base": base, **values}), tmp_path / "run")
 
 
 def test_another_kind_of_start_is_refused(base, tmp_path):
