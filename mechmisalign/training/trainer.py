@@ -228,9 +228,14 @@ def _half(schedule: Schedule) -> int:
 
 
 def _predicting(model: Any, batch: dict[str, Int[Tensor, "batch pos"]]) -> Float[Tensor, "token vocab"]:
-    """Logits at the positions before counted tokens, which predict them."""
-    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
-    return logits[:, :-1][batch["labels"][:, 1:] != IGNORED]
+    """Logits at the positions before counted tokens, which predict them; columns that no row counts are left out."""
+    counted = batch["labels"][:, 1:] != IGNORED
+    columns = counted.any(0).nonzero()[:, 0]
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
+    logits = model(**inputs, logits_to_keep=columns).logits
+    if logits.shape[1] != len(columns):  # a model that does not know the option gives all
+        logits = logits[:, columns]
+    return logits[counted[:, columns]]
 
 
 @dataclass(frozen=True)
