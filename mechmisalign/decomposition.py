@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .adapters import Adapter, LoraSite
 from .directions import Direction
+from .geometry.nulls import random_cosine
 
 MEASURES = ("norm", "share", "projection", "cosine")
 
@@ -180,19 +181,8 @@ def written_cosines(adapter: Adapter, direction: Direction) -> pd.DataFrame:
             cosine = float(unit @ column / column.norm())
         else:
             cosine = float((torch.linalg.qr(site.B.double())[0].T @ unit).norm())
-        low, high = _random_cosines(site.d_out, site.rank)
+        _, low, high = random_cosine(site.d_out, site.rank)
         rows.append(
             {"layer": site.layer, "module": site.module, "cosine": cosine, "random_low": low, "random_high": high}
         )
     return pd.DataFrame(rows, columns=["layer", "module", "cosine", "random_low", "random_high"])
-
-
-def _random_cosines(width: int, rank: int) -> tuple[float, float]:
-    """Quantiles .025 and .975 of a random vector's cosine with a line (rank 1) or a subspace (Beta distributed)."""
-    from scipy import stats
-
-    if rank == 1:
-        high = float(np.sqrt(stats.beta(0.5, (width - 1) / 2).ppf(0.95)))
-        return -high, high
-    low, high = np.sqrt(stats.beta(rank / 2, (width - rank) / 2).ppf([0.025, 0.975]))
-    return float(low), float(high)

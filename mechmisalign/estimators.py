@@ -19,7 +19,7 @@ strength means the same for all of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -170,18 +170,31 @@ def bootstrap_cosine(
 
     A prompt that is drawn twice counts as two, also where the estimator matches by prompt.
     """
-    rng = np.random.default_rng(seed)
     full = estimator(moments, positive, negative).vectors.double()
-    rows_of = list(moments.groups.groupby(cluster, sort=True).indices.values())
     cosines = []
-    for _ in range(repeats):
-        drawn = [rows_of[i] for i in rng.integers(len(rows_of), size=len(rows_of))]
-        sample = moments.take(np.concatenate(drawn))
-        draws = np.repeat(np.arange(len(drawn)), [len(rows) for rows in drawn])
-        sample = replace(sample, groups=sample.groups.assign(**{cluster: draws}))
+    for sample in _resamples(moments, cluster, repeats, seed):
         replicate = estimator(sample, positive, negative).vectors.double()
         cosines.append(torch.cosine_similarity(replicate, full, dim=-1).numpy())
     return _interval_frame(moments, np.stack(cosines))
+
+
+def bootstrap_directions(
+    moments: Moments,
+    positive: Any,
+    negative: Any,
+    *,
+    estimator: Estimator = mean_difference,
+    cluster: str = "prompt_id",
+    repeats: int = 200,
+    seed: int = 0,
+) -> tuple[Direction, ...]:
+    """Bootstrap replicates of the direction (prompts resampled): how an estimate scatters.
+
+    With the same seed, moments over the same prompts are resampled alike, so what two directions owe to the choice of
+    prompts stays together.
+    """
+    samples = _resamples(moments, cluster, repeats, seed)
+    return tuple(estimator(sample, positive, negative) for sample in samples)
 
 
 def _direction(vectors: Float64[Tensor, "layer d_model"], moments: Moments, method: str) -> Direction:
@@ -205,6 +218,17 @@ def _refuse_few_groups(*classes: Moments) -> None:
             f"a class has only {few} group(s), too few for a covariance or a probe; "
             "collect by response or by prompt, e.g. by=['label', 'prompt_id', 'sample']"
         )
+
+
+def _resamples(moments: Moments, cluster: str, repeats: int, seed: int) -> Iterator[Moments]:
+    """The groups of clusters drawn with replacement; each draw is a cluster of its own."""
+    rng = np.random.default_rng(seed)
+    rows_of = list(moments.groups.groupby(cluster, sort=True).indices.values())
+    for _ in range(repeats):
+        drawn = [rows_of[i] for i in rng.integers(len(rows_of), size=len(rows_of))]
+        sample = moments.take(np.concatenate(drawn))
+        draws = np.repeat(np.arange(len(drawn)), [len(rows) for rows in drawn])
+        yield replace(sample, groups=sample.groups.assign(**{cluster: draws}))
 
 
 def _two_halves(moments: Moments, cluster: str, rng: np.random.Generator) -> tuple[Moments, Moments]:

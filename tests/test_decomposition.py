@@ -107,11 +107,11 @@ def test_written_cosines_hold_the_share_of_a_direction_that_a_site_can_write(ada
 
 
 def test_the_band_of_random_cosines_holds_95_percent_of_them(adapter):
-    from mechmisalign.decomposition import _random_cosines
+    from mechmisalign.geometry import random_cosine
 
     generator = torch.Generator().manual_seed(0)
     vectors = torch.nn.functional.normalize(torch.randn(4000, 48, generator=generator), dim=1)
     for rank in (1, 3):
-        low, high = _random_cosines(48, rank)
+        _, low, high = random_cosine(48, rank)
         cosines = vectors[:, 0] if rank == 1 else vectors[:, :rank].norm(dim=1)
         assert float(((cosines > low) & (cosines < high)).float().mean()) == pytest.approx(0.95, abs=0.015)

@@ -88,7 +88,7 @@ def test_the_logistic_direction_is_sklearns_in_raw_coordinates():
     from sklearn.preprocessing import StandardScaler
 
     moments, _ = planted()
-    rows, classes = moments.mean[:, 0].numpy(), (moments.groups["label"] == "bad").to_numpy()
+    rows, classes = moments.mean[:, 0].numpy(), (moments.groups["label"] == "bad").to_numpy(copy=True)
     probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, class_weight="balanced", max_iter=2000))
     scores = probe.fit(rows, classes).decision_function(rows)
     found = rows @ estimators.logistic_direction(moments, *CLASSES).at(0).double().numpy()
@@ -140,3 +140,18 @@ def test_a_probe_needs_more_than_one_group_a_class():
     moments = grouped([[1.0], [0.0]], ["bad", "good"], ["a", "a"])
     with pytest.raises(ValueError, match="only 1 group"):
         estimators.logistic_direction(moments, *CLASSES)
+
+
+def test_bootstrap_directions_scatter_as_their_cosines_say_and_alike_over_the_same_prompts():
+    moments, _ = planted(n=400)
+    drawn = estimators.bootstrap_directions(moments, *CLASSES, repeats=40)
+    own = estimators.mean_difference(moments, *CLASSES).vectors[0]
+    found = np.mean([float(torch.cosine_similarity(each.vectors[0], own, dim=0)) for each in drawn])
+    assert found == pytest.approx(estimators.bootstrap_cosine(moments, *CLASSES, repeats=40)["cosine"][0], abs=1e-5)
+    assert found < 1 - 1e-4
+    spread = torch.stack([each.vectors[0] for each in drawn]).var(0).sum()
+    rows, bad = moments.mean[:, 0], (moments.groups["label"] == "bad").to_numpy(copy=True)
+    expected = sum(rows[kept].var(0).sum() / kept.sum() for kept in (bad, ~bad))
+    assert float(spread / expected) == pytest.approx(1, abs=0.3)
+    again = estimators.bootstrap_directions(moments, *CLASSES, repeats=40)
+    assert all(torch.equal(one.vectors, other.vectors) for one, other in zip(drawn, again, strict=True))
