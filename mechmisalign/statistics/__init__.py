@@ -8,12 +8,14 @@ answers of each cell in each cluster, and all cells share their resamples.
 """
 
 from .differences import Difference, Differences, SignFlips, clustered_difference, clustered_differences, sign_flips
+from .ranks import RankCorrelation, rank_correlation
 from .shares import CONFIDENCE, Share, Shares, clustered_share, clustered_shares, exact_interval, wilson_interval
 
 __all__ = [
     "CONFIDENCE",
     "Difference",
     "Differences",
+    "RankCorrelation",
     "Share",
     "Shares",
     "SignFlips",
@@ -22,6 +24,7 @@ __all__ = [
     "clustered_share",
     "clustered_shares",
     "exact_interval",
+    "rank_correlation",
     "sign_flips",
     "wilson_interval",
 ]
