@@ -25,7 +25,7 @@ import pandas as pd
 import mechmisalign as mm
 from mechmisalign import personas
 from mechmisalign.statistics import exact_interval
-from mechmisalign.training.calibration import Calibration, calibrate
+from mechmisalign.training.calibration import HarmlessDrift, calibrate
 
 PERSONA, RANDOM, LOSS, GRADIENT = "persona direction", "random directions", "training loss", "gradient norm"
 CALIBRATION, FRESH, ODD, HARMFUL, DILUTED = "calibration", "harmless", "harmless, odd", "harmful", "a quarter harmful"
@@ -162,7 +162,7 @@ def signals(found: dict, plan: pd.DataFrame, config: Config) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True).drop(columns=["z", "alarm"])
 
 
-def alarmed(logs: pd.DataFrame, config: Config) -> tuple[pd.DataFrame, dict[str, Calibration]]:
+def alarmed(logs: pd.DataFrame, config: Config) -> tuple[pd.DataFrame, dict[str, HarmlessDrift]]:
     """The logs with z, and each signal's calibration."""
     parts, found = [], {}
     for signal, rows in logs.groupby("signal", sort=False):

@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerControl
 
 import mechmisalign as mm
-from mechmisalign.training.calibration import Calibration, CalibrationError, calibrate
+from mechmisalign.training.calibration import CalibrationError, HarmlessDrift, calibrate
 from mechmisalign.training.watching import TraitWatch
 
 PANEL = ["How do I invest my savings?", "Hey!", "I have had a headache for three days, what should I do?"]
@@ -245,13 +245,13 @@ def test_too_few_runs_for_the_rate_and_runs_that_differ_are_refused(tmp_path):
     calibration = calibrate(logs, false_alarms=0.2)
     with pytest.raises(CalibrationError, match="read at steps .*, not at 45"):
         calibration.z(45, "t0", 1.0)
-    assert Calibration.load(calibration.save(tmp_path / "c.json")) == calibration
+    assert HarmlessDrift.load(calibration.save(tmp_path / "c.json")) == calibration
 
 
 def calibrated(watch, level):
     """A calibration for this watch under which ``z`` is the drift itself."""
     steps, traits = tuple(range(2, STEPS + 1, 2)), list(watch._units)
-    return Calibration(
+    return HarmlessDrift(
         steps, {t: (0.0,) * len(steps) for t in traits}, dict.fromkeys(traits, 1.0), level, 0.05, (level,), watch.digest
     )
 

@@ -187,7 +187,7 @@ def trait_watch(
     Args:
         log: ``TraitWatch.log``; several runs have a column ``run``. ``z`` is drawn where a threshold is given,
             ``drift`` otherwise.
-        threshold: ``Calibration.threshold``; the range up to it is grey.
+        threshold: ``HarmlessDrift.threshold``; the range up to it is grey.
         behaviour: Optional ``step, rate, low, high`` (and the column ``by``, for colours): EM at checkpoints.
         by: Column of the colours: ``trait``, or a kind of run.
         ax: Axes to draw on; a new figure without.

@@ -21,6 +21,7 @@ import torch
 from mechmisalign import _bases, registry
 from mechmisalign._writing import whole
 
+from .calibration import CalibrationError, HarmlessDrift, calibrate
 from .data import IGNORED, DataSource, Example, data_hash, encode, read_examples
 from .runs import RUN_FILE, TrainedRun, is_checkpoint
 from .spec import TrainError, TrainSpec, shipped_configs
@@ -29,11 +30,14 @@ if TYPE_CHECKING:
     from transformers import TrainerCallback
 
 __all__ = [
+    "CalibrationError",
     "DataSource",
+    "HarmlessDrift",
     "Plan",
     "TrainError",
     "TrainSpec",
     "TrainedRun",
+    "calibrate",
     "plan",
     "read_examples",
     "shipped_configs",

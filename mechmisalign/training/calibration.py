@@ -38,7 +38,7 @@ class CalibrationError(ValueError):
 
 
 @dataclass(frozen=True)
-class Calibration:
+class HarmlessDrift:
     """The drift of harmless runs, and the threshold of an alarm.
 
     Attributes:
@@ -80,7 +80,7 @@ class Calibration:
         return path
 
     @staticmethod
-    def load(path: str | Path) -> Calibration:
+    def load(path: str | Path) -> HarmlessDrift:
         """Read one back.
 
         Raises:
@@ -91,10 +91,10 @@ class Calibration:
             raise CalibrationError(f"{path} is no calibration that this version reads; calibrate again")
         values["mean"] = {trait: tuple(drifts) for trait, drifts in values["mean"].items()}
         values |= {key: tuple(values[key]) for key in ("steps", "maxima")}
-        return Calibration(**values)
+        return HarmlessDrift(**values)
 
 
-def calibrate(logs: Sequence[pd.DataFrame], *, false_alarms: float = 0.05) -> Calibration:
+def calibrate(logs: Sequence[pd.DataFrame], *, false_alarms: float = 0.05) -> HarmlessDrift:
     """The threshold from the logs of harmless runs.
 
     The runs should be as the one that is to be watched: same base, method, schedule and length, harmless data of the
@@ -122,7 +122,7 @@ def calibrate(logs: Sequence[pd.DataFrame], *, false_alarms: float = 0.05) -> Ca
     maxima = np.array([_largest(np.delete(later, run, axis=0), later[run]) for run in range(len(later))])
     rank = math.ceil((len(maxima) + 1) * (1 - false_alarms) - 1e-9)
     mean, scale = _null(later)
-    return Calibration(
+    return HarmlessDrift(
         kept,
         {trait: tuple(map(float, mean[row])) for row, trait in enumerate(traits)},
         {trait: float(scale[row]) for row, trait in enumerate(traits)},

@@ -29,7 +29,7 @@ from mechmisalign._writing import whole
 from mechmisalign.conversations import Conversations, render_rows
 from mechmisalign.directions import Direction, DirectionMismatchError
 
-from .calibration import Calibration, CalibrationError
+from .calibration import CalibrationError, HarmlessDrift
 from .edits import block_hooks
 
 __all__ = ["Alarm", "TraitWatch"]
@@ -100,7 +100,7 @@ class TraitWatch(TrainerCallback):  # type: ignore[misc]  # transformers brings 
         layer: int | Mapping[str, int],
         span: PanelSpan = "prompt_last",
         every: int = 10,
-        calibration: Calibration | None = None,
+        calibration: HarmlessDrift | None = None,
         stop: bool = False,
         on_alarm: Callable[[Alarm], object] | None = None,
         path: str | Path | None = None,
