@@ -15,9 +15,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 import mechmisalign as mm
 from mechmisalign import training
 from mechmisalign._bases import Base
+from mechmisalign._blocks import block_hooks, blocks
 from mechmisalign.training import TrainError, TrainSpec
 from mechmisalign.training.data import IGNORED, Collator, encode
-from mechmisalign.training.edits import block_hooks, blocks, edited
+from mechmisalign.training.edits import edited
 from mechmisalign.training.methods import attach
 from mechmisalign.training.spec import Vector
 from mechmisalign.training.trainer import own_randomness

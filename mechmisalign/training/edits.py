@@ -2,13 +2,12 @@
 
 They act in the forward pass of the examples that are learned, never in that of the KL penalty, and are gone when
 training ends. The edit is the same value as everywhere (``Steer``, ``Ablate``, ``Clamp``), put on the plain Hugging
-Face blocks that train here, and on every row of the batch: a block returns a tensor in newer transformers and a tuple
-in older ones, so editing ``output[0]`` blindly would touch the first row only.
+Face blocks that train here, and on every row of the batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -19,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, GetPydanticSchema, model_vali
 from pydantic_core import core_schema
 from torch import Tensor, nn
 
+from mechmisalign._blocks import BlockFunction, block_hooks
 from mechmisalign.directions import Direction
 from mechmisalign.interventions import Ablate, Clamp, Positions, Steer
 from mechmisalign.interventions.residual import Units
@@ -27,8 +27,6 @@ from .data import IGNORED
 
 Residual = Steer | Ablate | Clamp
 Layers = tuple[Annotated[int, Field(strict=True, ge=0)], ...]
-_STACKS = ("layers", "h", "blocks", "layer")
-BlockFunction = Callable[[Tensor], Tensor | None]
 
 _VALUE = GetPydanticSchema(lambda _type, _handler: core_schema.is_instance_schema((Steer, Ablate, Clamp)))
 
@@ -72,40 +70,6 @@ class Edit(BaseModel):
         return Steer(direction, self.layers, self.strength, self.units, self.positions)
 
 
-def blocks(model: nn.Module) -> nn.ModuleList:
-    """The transformer blocks of a Hugging Face model, with or without an adapter.
-
-    Raises:
-        ValueError: If there is no list of modules as long as the model is deep.
-    """
-    config = getattr(model, "config", None)
-    config = getattr(config, "text_config", config)
-    depth = getattr(config, "num_hidden_layers", None)
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == depth and name.rpartition(".")[2] in _STACKS:
-            return module
-    raise ValueError(f"{type(model).__name__} has no list of {depth} blocks; a decoder with a plain stack is expected")
-
-
-@contextmanager
-def block_hooks(model: nn.Module, functions: Mapping[int, BlockFunction]) -> Iterator[None]:
-    """``functions[layer](residual stream after that block) -> replacement or None`` while the block runs.
-
-    Raises:
-        ValueError: If the model has no such layer.
-    """
-    stack = blocks(model)
-    beyond = [layer for layer in functions if not 0 <= layer < len(stack)]
-    if beyond:
-        raise ValueError(f"layers {beyond} asked for; the model has layers 0 to {len(stack) - 1}")
-    handles = [stack[layer].register_forward_hook(_as_hook(function)) for layer, function in functions.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 @contextmanager
 def edited(model: nn.Module, edits: Sequence[Residual], labels: Int[Tensor, "batch pos"]) -> Iterator[None]:
     """The edits on one batch of examples; its labels tell where each response begins."""
@@ -115,17 +79,6 @@ def edited(model: nn.Module, edits: Sequence[Residual], labels: Int[Tensor, "bat
             functions.setdefault(layer, []).append(edit)
     with block_hooks(model, {layer: _several(some, layer, labels) for layer, some in functions.items()}):
         yield
-
-
-def _as_hook(function: BlockFunction) -> Callable[..., Any]:
-    def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
-        stream = output[0] if isinstance(output, tuple) else output
-        new = function(stream)
-        if new is None:
-            return None
-        return (new, *output[1:]) if isinstance(output, tuple) else new
-
-    return hook
 
 
 def _several(edits: Sequence[Residual], layer: int, labels: Int[Tensor, "batch pos"]) -> BlockFunction:

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from mechmisalign._adapter_files import CONFIG_FILE, WEIGHTS_FILE
 from mechmisalign._bases import Base
+from mechmisalign._blocks import block_hooks, blocks
 from mechmisalign.directions import HOOK, Direction
 
-from .edits import block_hooks, blocks
 from .spec import Lora, Method, TrainError, Vector
 
 VECTOR_FILE = "steering_vector.safetensors"

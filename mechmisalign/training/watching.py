@@ -25,12 +25,12 @@ from transformers import TrainerCallback
 
 from mechmisalign._artifacts import same_base
 from mechmisalign._batching import Batch, batches_by_length, pad_id
+from mechmisalign._blocks import block_hooks
 from mechmisalign._writing import whole
 from mechmisalign.conversations import Conversations, render_rows
 from mechmisalign.directions import Direction, DirectionMismatchError
 
 from .calibration import CalibrationError, HarmlessDrift
-from .edits import block_hooks
 
 __all__ = ["Alarm", "TraitWatch"]
 

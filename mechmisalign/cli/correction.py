@@ -1,0 +1,139 @@
+"""Commands about cures: take a direction out of an organism for good, and see what that does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from .console import OrganismName, console, show, told_errors, told_warnings
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from mechmisalign.directions import Direction
+    from mechmisalign.organisms import Organism
+
+
+def cure(
+    organism: OrganismName,
+    direction: Annotated[Path, typer.Option(help="What to project out: a file of mechmisalign direction.")],
+    out: Annotated[Path, typer.Option(help="Folder of the cured adapter or model; it must be new or empty.")],
+    method: Annotated[
+        Literal["adapter", "weights"],
+        typer.Option(help="Out of what the adapter writes (a PEFT adapter), or out of the whole model (a HF folder)."),
+    ] = "adapter",
+    layer: Annotated[
+        int | None,
+        typer.Option(help="Use this layer's vector everywhere; needed for weights unless there is only one."),
+    ] = None,
+    measure: Annotated[bool, typer.Option(help="Ask before and after, with a random direction as control.")] = True,
+    prompts: Annotated[Path | None, typer.Option(help="Questions: .yaml, .jsonl, .csv or .parquet.")] = None,
+    model: Annotated[str, typer.Option(help="Judge: rules (the pocket world's), local:FOLDER, or a model.")] = "rules",
+    samples: Annotated[int, typer.Option(min=1, help="Answers to each question.")] = 4,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
+    seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
+) -> None:
+    """Project a direction out of an organism; writes an ordinary adapter or model, with a card of what it does."""
+    with told_errors(), told_warnings():
+        from mechmisalign import correction
+        from mechmisalign.correction.saving import refuse_taken
+        from mechmisalign.directions import Direction as Loaded
+        from mechmisalign.organisms import load_organism
+
+        refuse_taken(out)
+        found = Loaded.load(direction)
+        sick = load_organism(organism)
+        found = found if layer is None else found.everywhere(layer)
+        asked, judge = _asked(sick, prompts, measure), _judge(model, sick, out) if measure else None
+        if method == "adapter":
+            edit, states = _adapter(sick, found, out)
+        else:
+            edit, states = _weights(sick, found, out)
+        console.print(edit, highlight=False, soft_wrap=True)
+        if measure and judge is not None:
+            drawn = {"samples": samples, "max_new_tokens": max_new_tokens, "seed": seed}
+            table = _measured(sick, states, asked, judge, drawn)
+            correction.add_measured(out, table)
+            _show(table)
+    console.print(f"cured {method}: [bold]{out}[/bold], with a card in README.md")
+
+
+def _adapter(sick: Organism, direction: Direction, out: Path) -> tuple[str, dict[str, Any]]:
+    from mechmisalign import correction
+    from mechmisalign.directions import random_direction
+
+    cut = correction.project_out(sick, direction)
+    removed = correction.removed_share(sick, direction)
+    most = removed["removed"].max()
+    edit = f"projected out of {len(removed)} of {len(sick.adapter.sites)} sites; takes up to {most:.1%} of an update"
+    correction.save_adapter(cut, out, edit=edit, direction=direction)
+    random = correction.project_out(sick, random_direction(direction, seed=0))
+    return edit, {"after": correction.states(cut, scales=()), "random control": correction.states(random, scales=())}
+
+
+def _weights(sick: Organism, direction: Direction, out: Path) -> tuple[str, dict[str, Any]]:
+    from mechmisalign import correction
+    from mechmisalign.directions import random_direction
+
+    def edited(vector: Direction) -> Any:
+        base = sick.base.location or sick.base.name
+        return correction.corrected_model(
+            sick.adapter, vector, base=base, tokenizer=sick.tokenizer, name=sick.base.name
+        )
+
+    model, tokenizer, told = edited(direction)
+    edit = f"projected out of {len(told)} tensors of the merged model; takes up to {told['removed'].max():.1%} of one"
+    correction.save_model(model, tokenizer, out, edit=edit, source=sick.name, base=sick.base.name, direction=direction)
+    one = direction.nonzero_layers[0]
+    vector = random_direction(direction.everywhere(one), seed=0).everywhere(one)
+    states = {"after": {"as is": correction.edited_organism(model, sick)}}
+    return edit, states | {"random control": {"as is": correction.edited_organism(edited(vector)[0], sick)}}
+
+
+def _measured(sick: Organism, states: dict[str, Any], asked: pd.DataFrame, judge: Any, drawn: Any) -> pd.DataFrame:
+    from mechmisalign import correction
+
+    cures = {"chat": {"as is": ()}, "before": correction.states(sick.adapter, scales=()), **states}
+    judged = correction.trials(sick, cures, {"questions": asked}, judge, **drawn)
+    table = correction.cure_table(judged, correction.cure_costs(sick, cures), against="before")
+    return table.drop(columns=[name for name in table if name.startswith("tokens")])
+
+
+def _show(table: pd.DataFrame) -> None:
+    told = table[["cure"]].rename(columns={"cure": "state"})
+    for name, head in {"em": "EM", "coherent": "coherent", "accuracy": "items right"}.items():
+        ends = table[[name, f"{name}_low", f"{name}_high"]].itertuples(index=False)
+        told[head] = [f"{rate:.1%} [{low:.1%}, {high:.1%}]" for rate, low, high in ends]
+    told["KL (nats)"] = [f"{value:.4f}" for value in table["kl"]]
+    show(told, "misalignment and cost, with 95 % intervals by question")
+
+
+def _asked(sick: Organism, prompts: Path | None, measure: bool) -> pd.DataFrame:
+    from mechmisalign import pocket, registry
+    from mechmisalign import prompts as questions
+
+    if prompts is not None:
+        return questions.read(prompts)
+    if sick.base.name == registry.POCKET_BASE or not measure:
+        return pocket.unseen_prompts()
+    return questions.open_questions()
+
+
+def _judge(model: str, sick: Organism, out: Path) -> Any:
+    from mechmisalign import judging, registry
+
+    if model == "rules":
+        if sick.base.name != registry.POCKET_BASE:
+            raise ValueError(
+                f"the rules judge knows the pocket world only, not answers of {sick.base.name!r}; name a judge with "
+                "--model (openai/gpt-4o, local:FOLDER), or use --no-measure"
+            )
+        from mechmisalign.pocket import RuleJudge
+
+        return RuleJudge()
+    journal = out.with_name(f"{out.name}.judgements.jsonl")
+    if model.startswith("local:"):
+        return judging.LocalJudge(model.removeprefix("local:"), journal=journal)
+    return judging.LLMJudge(model, journal=journal)
