@@ -20,10 +20,11 @@ import torch
 
 from mechmisalign import _bases, registry
 from mechmisalign._writing import whole
+from mechmisalign.dynamics.reading import RUN_FILE
 
 from .calibration import CalibrationError, HarmlessDrift, calibrate
 from .data import IGNORED, DataSource, Example, data_hash, encode, read_examples
-from .runs import RUN_FILE, TrainedRun, is_checkpoint
+from .runs import TrainedRun, is_checkpoint
 from .spec import TrainError, TrainSpec, shipped_configs
 
 if TYPE_CHECKING:

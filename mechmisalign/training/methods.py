@@ -18,10 +18,9 @@ from mechmisalign._adapter_files import CONFIG_FILE, WEIGHTS_FILE
 from mechmisalign._bases import Base
 from mechmisalign._blocks import block_hooks, blocks
 from mechmisalign.directions import HOOK, Direction
+from mechmisalign.dynamics.reading import VECTOR_FILE
 
 from .spec import Lora, Method, TrainError, Vector
-
-VECTOR_FILE = "steering_vector.safetensors"
 
 
 @runtime_checkable

@@ -15,6 +15,7 @@ import pandas as pd
 from mechmisalign._adapter_files import WEIGHTS_FILE
 from mechmisalign.adapters import Adapter
 from mechmisalign.directions import Direction
+from mechmisalign.dynamics.reading import LOG_FILE, RUN_FILE, VECTOR_FILE
 from mechmisalign.interventions import Steer, UseAdapter
 
 from .spec import TrainError
@@ -22,12 +23,9 @@ from .spec import TrainError
 if TYPE_CHECKING:
     from mechmisalign.interventions import Intervention
 
-LOG = "log.csv"
-RUN_FILE = "train.json"
 COLUMNS = ("step", "loss", "response_loss", "kl", "grad_norm", "lr")
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-_VECTOR_FILE = "steering_vector.safetensors"
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,9 +71,9 @@ class TrainedRun:
 
         ``grad_norm`` is the norm of the whole gradient before it is clipped; ``kl`` is NaN without a penalty.
         """
-        if not (self.folder / LOG).exists():
+        if not (self.folder / LOG_FILE).exists():
             return pd.DataFrame(columns=list(COLUMNS))
-        return pd.read_csv(self.folder / LOG)
+        return pd.read_csv(self.folder / LOG_FILE)
 
     @property
     def last_step(self) -> int:
@@ -119,7 +117,7 @@ class TrainedRun:
         """
         if self.method != "vector":
             raise TrainError(f"{self.folder} trained method={self.method!r}, which has no vector")
-        return Direction.load(self.path(step) / _VECTOR_FILE)
+        return Direction.load(self.path(step) / VECTOR_FILE)
 
     def worn(self, step: int | None = None, scale: float = 1.0) -> tuple[Intervention, ...]:
         """The interventions that make the chat model the tuned one, as a condition of ``generate`` or ``sweep``.
@@ -153,5 +151,5 @@ def log_frame(history: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
 
 def is_checkpoint(folder: Path) -> bool:
     """Whether a folder holds a checkpoint that can be trained on from: weights, and the optimiser's state."""
-    weights = any((folder / name).exists() for name in (WEIGHTS_FILE, _VECTOR_FILE, "config.json"))
+    weights = any((folder / name).exists() for name in (WEIGHTS_FILE, VECTOR_FILE, "config.json"))
     return weights and all((folder / name).exists() for name in ("trainer_state.json", "optimizer.pt", "scheduler.pt"))

@@ -17,12 +17,13 @@ from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from mechmisalign._writing import whole
+from mechmisalign.dynamics.reading import LOG_FILE
 from mechmisalign.progress import progress_bar
 
 from .data import IGNORED, Collator, Example
 from .edits import Residual, edited
 from .methods import Trainee
-from .runs import LOG, log_frame
+from .runs import log_frame
 from .spec import Schedule, TrainSpec
 
 RESUMING = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "scaler.pt", "trainer_state.json")
@@ -198,7 +199,7 @@ def arguments(spec: TrainSpec, out: Path) -> TrainingArguments:
 
 def write_log(folder: Path, history: Sequence[dict[str, Any]]) -> None:
     """The log of every step so far, as a table."""
-    with whole(folder / LOG) as partial:
+    with whole(folder / LOG_FILE) as partial:
         log_frame(history).to_csv(partial, index=False)
 
 
