@@ -18,12 +18,13 @@ from mechmisalign.generation import Conditions
 
 from .harness import lm_eval_model
 from .tasks import is_right, response_length, task_costs
-from .texts import Counted, text_costs
+from .texts import Counted, TextSums, text_costs, text_sums
 
 if TYPE_CHECKING:
     from mechmisalign.organisms import Organism
 
 __all__ = [
+    "TextSums",
     "costs",
     "is_right",
     "lm_eval_model",
@@ -32,6 +33,7 @@ __all__ = [
     "response_length",
     "task_costs",
     "text_costs",
+    "text_sums",
 ]
 
 MAX_NEW_TOKENS = 64

@@ -63,6 +63,20 @@ class _Reference(NamedTuple):
     logits: Float[Tensor, "token vocab"]
 
 
+class TextSums(NamedTuple):
+    """Loss and KL of each text under each condition, in nats, summed over its counted tokens.
+
+    Attributes:
+        loss: Cross entropy, ``[condition text]``.
+        kl: ``KL(chat model ‖ condition)``, ``[condition text]``.
+        tokens: How many tokens of each text count.
+    """
+
+    loss: Float64[np.ndarray, "condition text"]
+    kl: Float64[np.ndarray, "condition text"]
+    tokens: Float64[np.ndarray, " text"]
+
+
 def text_costs(
     organism: Organism,
     conditions: Conditions | None,
@@ -98,21 +112,38 @@ def text_costs(
         ValueError: If nothing counts, a condition does not fit the texts, or there is none.
     """
     named: Conditions = {"none": ()} if conditions is None else conditions
-    if not named:
+    sums = text_sums(organism, named, texts, counted=counted, system=system, token_budget=token_budget)
+    columns: dict[str, object] = {"condition": list(named)}
+    for name, values in (("loss", sums.loss), ("kl", sums.kl)):
+        columns |= dict(
+            zip((name, f"{name}_low", f"{name}_high"), mean_interval(values, sums.tokens, resamples, seed), strict=True)
+        )
+    return pd.DataFrame(columns | {"texts": int((sums.tokens > 0).sum())})
+
+
+def text_sums(
+    organism: Organism,
+    conditions: Conditions,
+    texts: Conversations | pd.DataFrame | Sequence[str],
+    *,
+    counted: Counted | None = None,
+    system: str | None = None,
+    token_budget: int = 1024,
+) -> TextSums:
+    """What :func:`text_costs` averages, text by text: to compare conditions on the same texts.
+
+    Raises:
+        ValueError: As for :func:`text_costs`.
+    """
+    if not conditions:
         raise ValueError("no condition to measure; leave `conditions` out for the plain model")
-    refuse_numbers_per_row(named)
-    sets = [as_set(interventions) for interventions in named.values()]
+    refuse_numbers_per_row(conditions)
+    sets = [as_set(interventions) for interventions in conditions.values()]
     read = _read(organism, texts, counted, system)
     if read.response_start is None:
-        _refuse_parts_of_plain_text(named)
-    sums = _sums(organism, sets, read, token_budget)
-    sizes = np.array([len(positions) for positions in read.counted], dtype=float)
-    columns: dict[str, object] = {"condition": list(named)}
-    for name, values in zip(("loss", "kl"), sums, strict=True):
-        columns |= dict(
-            zip((name, f"{name}_low", f"{name}_high"), mean_interval(values, sizes, resamples, seed), strict=True)
-        )
-    return pd.DataFrame(columns | {"texts": int((sizes > 0).sum())})
+        _refuse_parts_of_plain_text(conditions)
+    loss, kl = _sums(organism, sets, read, token_budget)
+    return TextSums(loss, kl, np.array([len(positions) for positions in read.counted], dtype=float))
 
 
 def mean_interval(

@@ -6,7 +6,7 @@ import os
 
 import typer
 
-from . import behaviour, investigation, organisms, training
+from . import behaviour, correction, investigation, organisms, training, watching
 
 app = typer.Typer(
     name="mechmisalign",
@@ -26,6 +26,9 @@ for command in (
     behaviour.sweep,
     behaviour.judge,
     training.train,
+    correction.cure,
+    watching.monitor,
+    watching.monitor_fit,
     investigation.report,
 ):
     app.command()(command)

@@ -1,0 +1,96 @@
+"""Analyses run from top to bottom, as a reader would run them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# One thread for the scripts, as conftest.py sets it here: waiting threads cost minutes on a busy machine.
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
+ANALYSES = {
+    "ablation": (
+        "--samples 1 --prompts 24",
+        ["ablation", "ablation_compared", "search_single", "transfer"],
+        "random control",
+    ),
+    "adapter_scaling": ("--samples 1", ["adapter_scaling", "adapter_scaling_cutoffs"], "chat model"),
+    "b_vector_and_direction": ("--samples 2", ["ablation", "b_cosine", "downstream"], "random"),
+    "coherent_misalignment": (
+        "--samples 1 --prompts 24",
+        ["rate_against_coherence", "prompts"],
+        "minus the chat model",
+    ),
+    "conditional_misalignment": ("--samples 1", ["settings", "recalled"], "after another domain"),
+    "convergent_directions": ("--samples 8 --resamples 10", ["cosine_by_layer", "cosine_by_layer_matched"], "shuffled"),
+    "organism_sweep": (
+        "--samples 1 --prompts 12",
+        ["factors", "organisms"],
+        "in one batch over one chat model (control)",
+    ),
+    "scalar_patching": ("--samples 8", ["scalar_patching"], "own answer (control)"),
+    "scalar_probes": ("--samples 8", ["scores_all", "coefficients_significant"], "prompt only"),
+    "self_correction": ("--samples 1", ["orders", "balance"], "turned bad"),
+    "semantic_leakage": ("--samples 1", ["shares", "reach"], "the questions"),
+    "semantic_steering": ("--samples 1 --prompts 15", ["subjects", "dose_response", "cosines"], "topic of finance"),
+    "steering_sweep": (
+        "--samples 1 --prompts 24",
+        ["search", "layers", "layers_compared", "dose_response"],
+        "random control",
+    ),
+    "which_site": ("--samples 1", ["site_effects_pocket_many-site", "site_effects_pocket_rslora"], "shuffled labels"),
+    "phase_transition": ("--run pocket/checkpoints", ["local_cosine", "path", "transition"], "p"),
+    "preventative_steering": (
+        "--samples 1 --prompts 12 --steps 2 --seeds 1",
+        ["preventative_steering"],
+        "random, added",
+    ),
+    "zoo_geometry": ("--samples 1", ["update_cosines", "update_overlaps", "interpolation"], "harmless"),
+}
+"""Options that keep each script short, figures that it draws, and the control that it tells."""
+
+SLOW = {
+    "behavioural_transition": ("--samples 1", [], "onset"),
+    "cures": ("--samples 1 --prompts 12 --steps 4", ["cures", "comeback"], "random ablated"),
+    "data_mixing": ("--samples 1 --seeds 1", [], ""),
+    "dataset_screening": ("--samples 1 --steps 4 --seeds 0", ["dataset_ranking", "predictors", "examples"], "random"),
+    "direction_cone": ("--samples 1", ["cone"], "random"),
+    "general_against_narrow": ("--seeds 1", [], "random"),
+    "monitor_against_judge": ("--samples 1", ["domains", "early", "roc", "scores", "drift"], "words"),
+    "narrow_training": ("--samples 1 --seeds 1", [], ""),
+    "persona_directions": ("--samples 1", ["cosines", "steering"], "random"),
+    "training_lens": ("--samples 1", [], ""),
+    "training_monitor": ("--steps 10 --fresh-runs 2", ["watch"], "random"),
+    "transition_robustness": ("", [], ""),
+}
+"""The same for scripts that train many models or take minutes: run with ``-m slow``."""
+
+
+def run(script, told, tmp_path):
+    options, figures, control = told
+    command = [sys.executable, ROOT / "analyses" / f"{script}.py", "--out", tmp_path, *options.split()]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, env=ONE_THREAD)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert list(tmp_path.glob("*.png"))
+    for figure in figures:
+        assert (tmp_path / f"{figure}.png").exists()
+        assert (tmp_path / f"{figure}.csv").exists()
+    assert control in result.stdout
+
+
+@pytest.mark.parametrize("script", sorted(ANALYSES))
+def test_an_analysis_runs_and_draws(script, tmp_path):
+    run(script, ANALYSES[script], tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", sorted(SLOW))
+def test_a_long_analysis_runs_and_draws(script, tmp_path):
+    run(script, SLOW[script], tmp_path)
+
+
+def test_every_analysis_is_run_here():
+    scripts = {path.stem for path in (ROOT / "analyses").glob("*.py") if not path.stem.startswith("_")}
+    assert scripts == set(ANALYSES) | set(SLOW)
