@@ -133,3 +133,16 @@ def test_what_cannot_be_drawn_is_refused(cosines, rates):
         plots.transition({"angles": cosines}, [])
     with pytest.raises(ValueError, match="got no curves"):
         plots.transition({}, [])
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_the_log_of_a_run_is_drawn_with_a_panel_for_what_it_has(held):
+    steps = np.arange(1, 6)
+    log = pd.DataFrame(
+        {"step": steps, "response_loss": 1 / steps, "kl": steps * 0.01 if held else np.nan, "grad_norm": 0.1}
+    )
+    panels = plots.training_log(log).axes
+    assert len(panels) == (3 if held else 2)
+    np.testing.assert_allclose(panels[0].lines[0].get_ydata(), 1 / steps)
+    with pytest.raises(ValueError, match="grad_norm"):
+        plots.training_log(log.drop(columns="grad_norm"))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from mechmisalign import registry
 from mechmisalign.adapters import Adapter
 from mechmisalign.directions import Direction
 
@@ -68,8 +69,10 @@ def adapter_card(card: Card, adapter: Adapter, folder: Path) -> str:
     load = [
         "from peft import PeftModel",
         "from transformers import AutoModelForCausalLM",
+        *(["from mechmisalign import registry"] if registry.is_reserved(card.base) else []),
         "",
-        f"model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({card.base!r}), {folder.name!r})",
+        f"base = AutoModelForCausalLM.from_pretrained({_place(card.base)})",
+        f"model = PeftModel.from_pretrained(base, {folder.name!r})",
     ]
     return _card(card, folder.name, "peft", facts, load, f"mm.load_organism({folder.name!r})")
 
@@ -83,6 +86,11 @@ def model_card(card: Card, folder: Path) -> str:
         f"tokenizer = AutoTokenizer.from_pretrained({folder.name!r})",
     ]
     return _card(card, folder.name, "transformers", [], load, None)
+
+
+def _place(base: str) -> str:
+    """How code finds the base: a pocket model lies inside this package."""
+    return f"registry.folder({base!r})" if registry.is_reserved(base) else repr(base)
 
 
 def _card(card: Card, name: str, library: str, facts: Sequence[str], load: Sequence[str], organism: str | None) -> str:

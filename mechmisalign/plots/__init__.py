@@ -45,6 +45,7 @@ from .strengths import layer_strength_heatmap
 from .sweeps import dose_response, layer_sweep
 from .thresholds import threshold_curves
 from .tokens import TokenHeatmap, token_heatmap
+from .training import training_log
 from .transitions import transition
 
 __all__ = [
@@ -105,5 +106,6 @@ __all__ = [
     "token_heatmap",
     "trait_watch",
     "transfer_bars",
+    "training_log",
     "transition",
 ]
