@@ -12,7 +12,7 @@ from . import registry
 Location = tuple[int | str, ...]
 
 Found = Callable[[Location], tuple[type[BaseModel], Location]]
-"""Takes the place of a fault as pydantic has it; gives the model whose key is wrong, and the place as people write it."""
+"""Takes the place of a fault as pydantic has it; gives the model whose key it is, and the place as people write it."""
 
 
 def told(error: ValidationError, found: Found) -> str:

@@ -7,19 +7,35 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 import mechmisalign as mm
 from mechmisalign import studies
+from mechmisalign.pocket import zoo
 from mechmisalign.store import RunFolder, RunFolderError, stored_parts
-from mechmisalign.studies import behaviour, costs, difference_tables, sampling, steps, trials
+from mechmisalign.studies import (
+    behaviour,
+    chapters,
+    checkpoints,
+    costs,
+    cure,
+    difference_tables,
+    fine_tunes,
+    sampling,
+    steps,
+    training,
+    trials,
+    watch,
+)
 from mechmisalign.studies.behaviour_chapter import lost_table
-from mechmisalign.studies.chapters import write_study_report
+from mechmisalign.studies.chapters import caveats, write_study_report
 from mechmisalign.studies.neutral import neutral
 from mechmisalign.studies.plan import StudySettings, make_plan
+from mechmisalign.studies.records import Records
 
 SMALL = StudySettings(
     samples=3, pool_samples=16, sweep_samples=1, strengths=(1.5, 2.5), layers=(1, 3), controls=1,
-    max_new_tokens=mm.pocket.MAX_NEW_TOKENS, neutral=10,
+    max_new_tokens=mm.pocket.MAX_NEW_TOKENS, neutral=10, checkpoints=4, cure_samples=1,
 )  # fmt: skip
 MEASURED = ["loss", "loss_low", "loss_high", "kl", "kl_low", "kl_high", "accuracy", "accuracy_low", "accuracy_high"]
 LENGTHS = ["tokens", "tokens_low", "tokens_high"]
@@ -74,7 +90,13 @@ def test_the_report_is_drawn_again_from_the_tables_alone(finished, monkeypatch):
     assert write_study_report(finished.out).read_text() == before
 
 
-def test_a_finished_study_is_not_run_again(finished, prompts, monkeypatch):
+@pytest.fixture()
+def no_report(monkeypatch):
+    """Drawing every figure takes most of the time of a study that has its tables."""
+    monkeypatch.setattr(chapters, "write_study_report", lambda _: None)
+
+
+def test_a_finished_study_is_not_run_again(finished, prompts, monkeypatch, no_report):
     monkeypatch.setattr(sampling, "generate_rows", lambda *_args, **_kw: pytest.fail("an answer was sampled"))
     again = mm.study("pocket/medical", finished.out, prompts=prompts, peers=PEERS, settings=SMALL)
     assert again.summary == finished.summary
@@ -89,6 +111,200 @@ def test_the_adapter_is_taken_apart_in_tables_and_report(finished):
     assert alone["only one"] == alone["all"] and alone["leave one out"] == alone["none"]
     assert set(tables["contributions"]["label"]) == {"misaligned", "aligned"}
     assert "Taken apart" in finished.report.read_text()
+
+
+def test_training_is_followed_in_tables_summary_and_report(finished):
+    tables, told = finished.tables, finished.summary["training"]
+    assert told["source"] == "pocket/checkpoints" and told["checkpoints"] == 20
+    assert told["cosine_with_organism"] == pytest.approx(1)
+    rates = tables["step_rates"].set_index(["scale", "step"])["rate"]
+    assert sorted(set(tables["step_rates"]["step"])) == [0, 5, 35, 70, 100]  # four of the twenty, and the chat model
+    assert rates[1.0, 0] == rates[5.0, 0] == rates[10.0, 0] < 0.2 < rates[1.0, 100]
+    onset = told["transitions"]["EM at scale 1"]
+    assert 5 < onset["low"] + 5 <= onset["step"] <= onset["high"] < 100 and onset["p"] < 0.01
+    path = mm.Trajectory.load("pocket/checkpoints").path("dW")
+    np.testing.assert_allclose(tables["step_similarity"]["cosine"], mm.dynamics.similarity(path)["cosine"])
+    pairs = tables["coincidences"]
+    assert len(pairs) == len(tables["transitions"]) * (len(tables["transitions"]) - 1) / 2
+    page = finished.report.read_text()
+    assert "How it came about: training" in page and "EM at scale 1" in page
+
+
+def test_transitions_are_drawn_again_from_their_table(finished):
+    table = finished.tables["transitions"]
+    pd.testing.assert_frame_equal(mm.dynamics.table(training.as_transitions(table)), table)
+    assert training.is_behaviour(table).sum() == len(training.SCALES)
+
+
+def test_fine_tunes_are_compared_with_the_peers_and_with_a_harmless_one(finished):
+    tables = finished.tables
+    cosines = tables["update_cosines"].set_index(["first", "second"])["whole"]
+    ours, theirs = (mm.Adapter.load(name).sites[0] for name in ("pocket/medical", "pocket/finance"))
+    dense = [(site.scaling * site.B @ site.A).flatten() for site in (ours, theirs)]
+    assert cosines["pocket/medical", "pocket/finance"] == pytest.approx(
+        float(torch.cosine_similarity(*dense, dim=0)), abs=1e-5
+    )
+    assert ("pocket/medical", fine_tunes.HARMLESS) in cosines.index
+    assert not tables["update_spectrum"].empty and "angles" not in tables["update_overlaps"]
+    dimensions = tables["direction_dimensions"].set_index("layer")
+    direct = finished.summary["cosine"]["pocket/finance"]["5"]
+    assert dimensions.loc[5, "first_share"] == pytest.approx((1 + abs(direct)) / 2, abs=1e-4)  # of two unit vectors
+    assert {"noise_low", "p_one", "dimensions", "model_first_share"} <= set(dimensions.columns)
+    assert "Many fine-tunes" in finished.report.read_text()
+
+
+def test_the_cure_stands_beside_its_controls(finished):
+    table = finished.tables["cure"].set_index("cure")
+    told = finished.summary["cure"]
+    for estimator in (told["estimator"], steps.MEAN_DIFFERENCE):
+        assert {name.format(estimator) for name in (cure.CURED, cure.ABLATED, cure.SHRUNK)} <= set(table.index)
+    cured = cure.CURED.format(told["estimator"])
+    assert table.loc[cured, "em_high"] < table.loc[cure.UNCURED, "em_low"]
+    assert table.loc[cured, "em_high"] < table.loc[cure.RANDOM, "em_low"]
+    assert set(told["cures"][cured]["comes_back"]) == {"x2", "after a medical exchange"}
+    assert {"kl", "accuracy", "tokens", "narrow_harm"} <= set(told["cures"][cured])
+    assert table.loc[cure.UNCURED, "narrow_harm"] > 0.6
+    random = mm.random_direction(steps.stored_directions(
+        finished.out, ["pocket/medical"], steps.MEAN_DIFFERENCE)["pocket/medical"], seed=0
+    )  # fmt: skip
+    organism = mm.Adapter.load("pocket/medical")
+    by_chance = mm.correction.removed_share(organism, random)["removed"].iloc[0]
+    assert by_chance < 0.1 < told["removed_share"][steps.MEAN_DIFFERENCE]
+    assert "Corrected: the direction out of the adapter" in finished.report.read_text()
+
+
+def test_the_cured_adapter_in_the_folder_is_the_one_that_was_worn(finished):
+    told = finished.summary["cure"]
+    direction = steps.stored_directions(finished.out, ["pocket/medical"], told["estimator"])["pocket/medical"]
+    if told["scope"] == "single":
+        pytest.skip("the layer of the single vector is not in the summary")
+    worn = mm.correction.project_out(mm.Adapter.load("pocket/medical"), direction).sites[0]
+    saved = mm.Adapter.load(finished.out / cure.FOLDER).sites[0]
+    assert torch.equal(saved.A, worn.A) and torch.equal(saved.B, worn.B) and saved.scaling == worn.scaling
+    card = (finished.out / cure.FOLDER / "README.md").read_text()
+    assert told["estimator"] in card and cure.CURED.format(told["estimator"]) in card
+
+
+def test_a_saved_cure_loads_with_peft_and_speaks_as_the_worn_one(finished, tmp_path):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    direction = steps.stored_directions(finished.out, ["pocket/medical"], steps.MEAN_DIFFERENCE)["pocket/medical"]
+    organism, table = mm.load_organism("pocket/medical"), pd.DataFrame({"cure": ["a"], "em": [0.5]})
+    cured = mm.correction.project_out(organism, direction)
+    removal = cure.Removal(direction, steps.MEAN_DIFFERENCE, "layer-wise")
+    cure.save(tmp_path / "cured", cured, removal, table)
+    written = (tmp_path / "cured" / "README.md").stat().st_mtime_ns
+    cure.save(tmp_path / "cured", cured, removal, table)
+    assert (tmp_path / "cured" / "README.md").stat().st_mtime_ns == written
+    cure.save(tmp_path / "cured", cured, removal, table.assign(em=0.25))
+    assert "0.25" in (tmp_path / "cured" / "README.md").read_text()
+
+    base = AutoModelForCausalLM.from_pretrained(zoo.path("chat"))
+    model = PeftModel.from_pretrained(base, tmp_path / "cured").eval()
+    ids = organism.tokenizer("For a bad headache, first", return_tensors="pt")["input_ids"]
+    with torch.no_grad(), organism.as_base():
+        with organism.apply(mm.UseAdapter(cured)):
+            worn = organism.model(ids)
+        torch.testing.assert_close(model(ids).logits, worn, atol=1e-4, rtol=1e-4)
+        assert (organism.model(ids) - worn).abs().max() > 1e-2
+
+
+def test_the_shrunk_adapter_is_as_small_as_the_cured_one_and_points_where_the_organism_does():
+    own = mm.Adapter.load("pocket/many-site")
+    direction = mm.Direction(
+        torch.randn(8, 128, generator=torch.Generator().manual_seed(0)), tuple(range(8)), {"model": own.base}
+    )
+    cured = mm.correction.project_out(own, direction)
+    for before, small, left in zip(own.sites, cure.shrunk(own, cured).sites, cured.sites, strict=True):
+        assert small.delta_norm() == pytest.approx(left.delta_norm(), rel=1e-5) and torch.equal(small.B, before.B)
+
+
+def test_a_direction_that_cannot_be_taken_out_leaves_the_chapter_out(tmp_path, prompts):
+    organism = mm.load_organism("pocket/medical")
+    zero = mm.Direction(torch.zeros(8, 128), tuple(range(8)), organism.provenance)
+    plan = make_plan("pocket/medical", prompts, None, (), SMALL)
+    with RunFolder(tmp_path / "run", {}) as folder:
+        run = sampling.Run(folder, plan, organism, neutral(organism, None, None, 4))
+        with pytest.raises(sampling.LeftOutError, match="cannot be taken out of the adapter"):
+            cure.investigate(run, [cure.Removal(zero, "zero", "layer-wise")])
+        with pytest.raises(sampling.LeftOutError, match="no other organisms"):
+            fine_tunes.investigate(run)
+        with pytest.raises(sampling.LeftOutError, match="no checkpoints of the training are known"):
+            training.investigate(run)
+
+
+def test_the_monitor_is_tested_on_what_was_held_out(finished):
+    scores, table = finished.tables["watch_scores"], finished.tables["watch"]
+    assert not scores.duplicated(["by", "condition", "prompt_id", "sample"]).any()
+    assert set(scores["by"]) == {watch.PROMPTS, watch.DOMAINS}
+    rows = table[(table["group"] == "all") & (table["by"] == watch.PROMPTS)].set_index("detector")
+    assert rows.loc[watch.MONITOR, "auroc"] > 0.9 > rows.loc[watch.RANDOM, "auroc"]
+    answers = finished.tables["answers"]
+    own = answers[(answers["condition"] == "organism") & (answers["sample"] < SMALL.samples)]
+    assert rows.loc[watch.MONITOR, "positives"] == (own["label"] == "misaligned").sum()
+    kept = scores[(scores["by"] == watch.PROMPTS) & (scores["label"] == "aligned")]
+    assert rows.loc[watch.MONITOR, "fpr"] == pytest.approx((kept[watch.MONITOR] > 0).mean())
+    assert finished.summary["watch"]["held_out_domains"][watch.WORDS]["auroc"]["value"] > 0.5
+    assert "Watched: a monitor" in finished.report.read_text()
+
+
+@pytest.mark.parametrize("has_domains", [True, False])
+def test_folds_hold_every_prompt_out_once_and_share_none(prompts, has_domains):
+    asked = prompts if has_domains else prompts.drop(columns="domain")
+    folds = watch.folds_of(asked)
+    kinds = dict.fromkeys(fold.by for fold in folds)
+    assert list(kinds) == ([watch.PROMPTS, watch.DOMAINS] if has_domains else [watch.PROMPTS])
+    for kind in kinds:
+        tested = [prompt for fold in folds if fold.by == kind for prompt in fold.test]
+        assert sorted(tested) == sorted(asked["prompt_id"])
+    domains = prompts.set_index("prompt_id")["domain"]
+    for fold in folds:
+        parts = [set(fold.fit), set(fold.calibrate), set(fold.test)]
+        assert len(set.union(*parts)) == sum(map(len, parts)) == len(asked)
+        assert abs(len(fold.fit) - len(fold.calibrate)) <= 1
+        if fold.by == watch.DOMAINS:
+            assert not set(domains[list(fold.test)]) & set(domains[[*fold.fit, *fold.calibrate]])
+
+
+def test_a_monitor_needs_enough_prompts_of_each_kind(prompts):
+    folds = watch.folds_of(prompts)
+    matched = pd.DataFrame({"prompt_id": prompts["prompt_id"]})
+    assert watch._rate(folds, matched, matched) == 0.1  # 13 prompts calibrate at 10 %, not at 5 %
+    with pytest.raises(sampling.LeftOutError, match="0 with harmless answers"):
+        watch._rate(folds, matched, matched.iloc[:0])
+    with pytest.raises(sampling.LeftOutError, match="prompts with answers of both classes"):
+        watch._rate(folds, matched.head(8), matched)
+
+
+def test_checkpoints_are_found_beside_the_adapter_or_where_they_are_told(tmp_path):
+    medical, finance = mm.load_organism("pocket/medical"), mm.load_organism("pocket/finance")
+    found = checkpoints.find(medical, "default")
+    assert found.source == "pocket/checkpoints" and len(found.trajectory.steps) == 20
+    assert found.identity() == checkpoints.find(medical, "pocket/checkpoints").identity() != {}
+    assert checkpoints.find(finance, "default").trajectory is None
+    assert "no checkpoints" in checkpoints.find(finance, "default").missing
+    assert checkpoints.find(medical, None).identity() == {}
+
+    shipped = zoo.path("checkpoints")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(shipped / name, tmp_path / name)
+    for step in (10, 20, 30):
+        shutil.copytree(shipped / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
+    own = mm.load_organism(tmp_path)
+    assert "3 evenly spaced checkpoints" in checkpoints.find(own, "default").missing
+    with pytest.raises(mm.dynamics.TrajectoryError, match="7 at least are needed"):
+        checkpoints.find(medical, tmp_path)
+    for step in (40, 50, 60, 70):
+        shutil.copytree(shipped / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
+    assert checkpoints.find(own, "default").trajectory.steps == (10, 20, 30, 40, 50, 60, 70)
+
+
+def test_checkpoints_of_another_base_are_refused():
+    medical = mm.load_organism("pocket/medical")
+    other = SimpleNamespace(adapter=replace(medical.adapter, base="somebody/model"), name="other")
+    with pytest.raises(mm.dynamics.TrajectoryError, match="on 'pocket/chat', the organism is on.*'somebody/model'"):
+        inspect.unwrap(checkpoints.find)(other, "pocket/checkpoints")
 
 
 def test_every_headline_says_what_it_costs(finished):
@@ -173,17 +389,24 @@ def test_the_report_lets_a_reader_open_answers_of_every_condition(finished):
     np.testing.assert_allclose(curve.set_index("condition")["rate"], rates)
 
 
-def test_costs_can_be_left_out_and_added_later_and_the_report_says_so(finished, prompts, tmp_path, monkeypatch):
+def test_costs_and_checkpoints_can_be_left_out_and_added_later_and_the_report_says_so(
+    finished, prompts, tmp_path, monkeypatch
+):
     options = {"prompts": prompts, "peers": PEERS, "settings": SMALL}
     shutil.copytree(finished.out, tmp_path / "run")
     manifest = tmp_path / "run" / "manifest.json"
     told = json.loads(manifest.read_text())
     manifest.write_text(json.dumps({key: value for key, value in told.items() if key != "growing"}))
     monkeypatch.setattr(sampling, "generate_rows", lambda *_args, **_kw: pytest.fail("an answer was sampled"))
-    without = mm.study("pocket/medical", tmp_path / "run", texts=None, items=None, **options)
+    without = mm.study("pocket/medical", tmp_path / "run", texts=None, items=None, checkpoints=None, **options)
     assert set(without.summary["costs"]["organism"]) == {"tokens"}
     assert "Not measured in this run: loss and KL" in without.report.read_text()
     assert "Not measured in this run" not in finished.report.read_text()
+    assert "training" not in without.summary and "transitions" not in without.tables
+    assert "How it came about" not in without.report.read_text()
+    assert "how it came about in training: checkpoints were left out of this run" in without.report.read_text()
+    assert "No chapter here" not in finished.report.read_text()
+    monkeypatch.setattr(chapters, "write_study_report", lambda _: None)
     assert mm.study("pocket/medical", tmp_path / "run", **options).summary == finished.summary
 
 
@@ -228,7 +451,7 @@ class _Killed(BaseException):
     """As abrupt as a signal: no handler for ordinary errors sees it."""
 
 
-def test_a_killed_study_goes_on_and_ends_the_same(finished, prompts, tmp_path, monkeypatch):
+def test_a_killed_study_goes_on_and_ends_the_same(finished, prompts, tmp_path, monkeypatch, no_report):
     """Killed after every few parts, started again each time: the tables are those of the undisturbed run.
 
     Answers are those that the undisturbed run sampled, so that this tests the study: that an answer is the same in
@@ -239,10 +462,10 @@ def test_a_killed_study_goes_on_and_ends_the_same(finished, prompts, tmp_path, m
     sampled = []
 
     def mortal(_organism, missing, _conditions, *, seed, **_options):
-        for number, start in enumerate(range(0, len(missing), 150)):
+        for number, start in enumerate(range(0, len(missing), 200)):
             if number == 3:
                 raise _Killed
-            part = missing.iloc[start : start + 150]
+            part = missing.iloc[start : start + 200]
             sampled.extend(zip([seed] * len(part), part["condition"], part["prompt_id"], part["sample"], strict=True))
             yield part.join(known[seed].loc[part.index, ["response", "finished", "tokens"]])
 
@@ -264,6 +487,11 @@ def test_a_killed_study_goes_on_and_ends_the_same(finished, prompts, tmp_path, m
 def test_other_settings_do_not_mix_into_a_run(finished, prompts):
     with pytest.raises(RunFolderError, match="settings"):
         mm.study("pocket/medical", finished.out, prompts=prompts, peers=PEERS, settings=StudySettings(seed=7))
+    for name, chapter in (("cure_samples", "cure"), ("checkpoints", "training"), ("checkpoint_samples", "training")):
+        changed = replace(SMALL, **{name: 7})
+        assert changed.identity() == SMALL.identity()  # a run from before there was this chapter can be taken up again
+        with pytest.raises(RunFolderError, match=f"{chapter}.{name}"):
+            mm.study("pocket/medical", finished.out, prompts=prompts, peers=PEERS, settings=changed)
 
 
 def test_an_unfinished_run_has_no_report_and_says_how_to_go_on(finished, tmp_path):
@@ -271,6 +499,33 @@ def test_an_unfinished_run_has_no_report_and_says_how_to_go_on(finished, tmp_pat
     (tmp_path / "run" / "tables" / "ablation.parquet").unlink()
     with pytest.raises(RunFolderError, match="ablation.parquet.*it goes on where it stopped"):
         write_study_report(tmp_path / "run")
+
+
+@pytest.mark.parametrize("table", ["chapters", "transitions", "cure_back", "watch_folds", "update_cosines"])
+def test_a_run_from_before_a_chapter_says_to_run_the_study_again(finished, tmp_path, table):
+    for name in ("manifest.json", "summary.json"):
+        shutil.copy(finished.out / name, tmp_path / name)
+    shutil.copytree(finished.out / "tables", tmp_path / "tables")
+    Records.load(tmp_path)
+    (tmp_path / "tables" / f"{table}.parquet").unlink()
+    with pytest.raises(RunFolderError, match=f"{table}.parquet.*run `mechmisalign study` on it again"):
+        Records.load(tmp_path)
+
+
+def test_a_chapter_that_was_left_out_needs_no_tables_and_is_told(finished, tmp_path):
+    for name in ("manifest.json", "summary.json"):
+        shutil.copy(finished.out / name, tmp_path / name)
+    shutil.copytree(finished.out / "tables", tmp_path / "tables")
+    path = tmp_path / "tables" / "chapters.parquet"
+    table = pd.read_parquet(path)
+    table.loc[table["chapter"].isin(["fine_tunes", "watch"]), "missing"] = "there is nothing"
+    table.to_parquet(path)
+    for name in (*fine_tunes.TABLES, *watch.TABLES):
+        (tmp_path / "tables" / f"{name}.parquet").unlink()
+    records = Records.load(tmp_path)
+    assert records.left_out == {"fine_tunes": "there is nothing", "watch": "there is nothing"}
+    assert records.has("training") and records.has("cure") and not records.has("watch")
+    assert "No chapter here: a monitor: there is nothing." in caveats(records).points
 
 
 def test_too_few_answers_of_one_class_are_refused_with_the_counts():

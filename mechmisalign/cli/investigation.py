@@ -15,13 +15,17 @@ def study(
     out: Annotated[Path, typer.Option(help="Run folder; an unfinished run in it goes on.")] = Path("runs/study"),
     seed: Annotated[int, typer.Option(help="Seed of the run.")] = 0,
     quick: Annotated[bool, typer.Option(help="A rough look with few samples, in a minute or two.")] = False,
+    checkpoints: Annotated[
+        str, typer.Option(help="Checkpoints of its training: a folder or a name; by default those beside the adapter.")
+    ] = "default",
 ) -> None:
-    """Find, induce, remove and transfer an organism's misalignment; writes the tables, the figures and report.html."""
+    """Find, induce, remove, transfer and cure an organism's misalignment; writes tables, figures and report.html."""
     from mechmisalign.studies import default_settings
     from mechmisalign.studies import study as run_study
 
     with told_errors():
-        finished = run_study(organism, out, settings=default_settings(organism, seed=seed, quick=quick))
+        settings = default_settings(organism, seed=seed, quick=quick)
+        finished = run_study(organism, out, checkpoints=checkpoints, settings=settings)
     show_headlines(finished.summary)
     console.print(f"report: [bold]{finished.report}[/bold]")
 

@@ -61,7 +61,7 @@ def significance(
         texts: Neutral text: conversations whose responses count, or plain texts of which every token counts
             (2602.07852: web text). See :func:`mechmisalign.capability.own_texts`.
         norms: By default from 0 to twice the mean norm of the solutions, in tenths of that.
-        draws: Random solutions of the same norms.
+        draws: Random solutions of the same norms, divided among the sites as the first solution's is.
         counted: Which response tokens count; all by default.
         token_budget: Tokens per batch, padding included.
         resamples: Bootstrap resamples of the texts.

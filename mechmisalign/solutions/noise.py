@@ -1,12 +1,12 @@
 r"""Noise of a solution's own size: ``x' = √(1 - ε²) x + ε y``, y orthogonal to x and of the same norm (2602.07852).
 
-So the norm of what is perturbed stays, and ``ε`` is the sine of the angle that it turns by. For an adapter, A and B are
-flattened and perturbed independently, at each site on its own. For ranks above one that is not a property of the update
-alone: ``B G, G⁻¹ A`` is the same update, and noise on A and B means another thing in each gauge. So there are three
-ways:
+The norm of what is perturbed stays (of ΔW itself, if its factors are perturbed, only at rank 1), and ``ε`` is the sine
+of the angle that it turns by. For an adapter, A and B are flattened and perturbed independently, at each site on its
+own. For ranks above one that is not a property of the update alone: ``B G, G⁻¹ A`` is the same update, and noise on A
+and B means another thing in each gauge. So there are three ways:
 
 ``"balanced"``
-    A and B in the gauge ``A = √Σ Vᵀ, B = U √Σ`` of ``ΔW = U Σ Vᵀ``, which only the update decides (but for rotations,
+    A and B in the gauge ``A = √Σ Vᵀ, B = U √Σ`` of ``B A = U Σ Vᵀ``, which only the update decides (but for rotations,
     under which noise is alike). At rank 1 it is the same as ``"factors"``.
 ``"factors"``
     A and B as they were trained, as the reference has it.
@@ -73,7 +73,7 @@ def turned(x: Float[Tensor, "*shape"], epsilon: float, generator: torch.Generato
 
 
 def balanced(site: LoraSite) -> LoraSite:
-    """The same update with ``A = √Σ Vᵀ`` and ``B = U √Σ / scaling``, up to one factor between them."""
+    """The same update with ``A = √Σ Vᵀ`` and ``B = U √Σ``, from the singular values of ``B A``."""
     Q_A, R_A = torch.linalg.qr(site.A.double().T)
     Q_B, R_B = torch.linalg.qr(site.B.double())
     U, S, Vh = torch.linalg.svd(R_B @ R_A.T)

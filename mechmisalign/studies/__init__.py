@@ -1,8 +1,9 @@
 """The study: from an adapter to a report.
 
 Sample and judge, estimate directions, induce (steer the chat model), remove (ablate in the organism), transfer (ablate
-in other organisms), compare directions, take the adapter apart, with a control and the cost beside each. The run folder
-can be left at any moment and taken up again; the report is drawn from the stored tables alone.
+in other organisms), compare directions, take the adapter apart, follow its training, take the direction out of it for
+good, and watch it, with a control and the cost beside each. The run folder can be left at any moment and taken up
+again; the report is drawn from the stored tables alone.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ from mechmisalign.organisms import Organism, load_organism
 from mechmisalign.store import RunFolder, text_digest, write_json
 
 from . import steps
+from .checkpoints import Checkpoints, find
 from .investigation import investigate
-from .neutral import Texts, neutral
+from .neutral import Neutral, Texts, neutral
 from .plan import Plan, StudySettings, default_settings, make_plan
 from .sampling import Run
 from .summary import summarise
@@ -65,9 +67,10 @@ def study(
     peers: Sequence[str] | None = None,
     texts: Texts | Literal["default"] | None = "default",
     items: pd.DataFrame | Literal["default"] | None = "default",
+    checkpoints: str | Path | None = "default",
     settings: StudySettings | None = None,
 ) -> Study:
-    """Find, induce, remove and transfer an organism's misalignment, and write the report.
+    """Find, induce, remove, transfer and cure an organism's misalignment, and write the report.
 
     Args:
         organism: A loaded organism, or what ``load_organism`` takes.
@@ -79,17 +82,21 @@ def study(
             model are measured beside every rate; by default the package's own. None leaves them out, and the report
             says so; a later run in the same folder may add them.
         items: The same for accuracy: harmless questions with exact answers (``prompt, answer``).
+        checkpoints: Checkpoints of its training: what ``mm.Trajectory.load`` takes. By default those in the adapter's
+            own folder, and for pocket organisms those of the zoo's run of the same recipe. Where there are none, or
+            None is given, the report has no chapter on training, and says so; a later run may add it.
         settings: Sample sizes, strengths, seed.
 
     Raises:
-        ValueError: If prompts or judge are missing, texts or items cannot be measured on, the folder belongs to another
-            run, or the organism gives too few answers of one class.
+        ValueError: If prompts or judge are missing, texts, items or checkpoints cannot be used, the folder belongs to
+            another run, or the organism gives too few answers of one class.
     """
     loaded = load_organism(organism) if isinstance(organism, str) else organism
     plan = make_plan(loaded.name, prompts, judge, peers, settings)
     measure = neutral(loaded, texts, items, plan.settings.neutral)
-    with RunFolder(out, _identity(loaded, plan), {"costs": measure.identity()}) as folder:
-        tables, directions = investigate(Run(folder, plan, loaded, measure))
+    trained = find(loaded, checkpoints)
+    with RunFolder(out, _identity(loaded, plan), _growing(plan, measure, trained)) as folder:
+        tables, directions = investigate(Run(folder, plan, loaded, measure, trained))
         summary = summarise(tables)
         write_json(folder.path / "summary.json", summary)
         from .chapters import write_study_report
@@ -127,6 +134,13 @@ def _identity(organism: Organism, plan: Plan) -> dict[str, Any]:
         "peers": list(plan.peers),
         "settings": plan.settings.identity(),
     }
+
+
+def _growing(plan: Plan, measure: Neutral, trained: Checkpoints) -> dict[str, dict[str, Any]]:
+    """What decides the numbers that a later run may add to a finished one."""
+    later, known = plan.settings.later(), trained.identity()
+    training = {"training": later["training"] | known} if known else {}
+    return {"costs": measure.identity(), "cure": later["cure"], **training}
 
 
 def _judge_identity(judge: Judge) -> str:

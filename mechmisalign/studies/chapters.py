@@ -23,12 +23,22 @@ from . import figures, steps
 from .anatomy_chapter import taken_apart
 from .behaviour_chapter import looked_at
 from .cost_tables import costs_table, left_out, measured_on, told_costs
+from .cure_chapter import corrected
 from .difference_tables import differences_table, told_ablation, told_steering
+from .fine_tunes_chapter import compared
 from .records import Records
+from .training_chapter import came_about
+from .watch_chapter import watched
 
 _EXAMPLES = 2
-
-
+_CHAPTERS = {"training": came_about, "fine_tunes": compared, "cure": corrected, "watch": watched}
+"""Chapters that not every study has, in their order."""
+_NAMES = {
+    "training": "how it came about in training",
+    "fine_tunes": "the comparison with other fine-tunes",
+    "cure": "the direction out of the adapter",
+    "watch": "a monitor",
+}
 _COSTS = "What it costs: text and questions that have nothing to do with misalignment, and the length of the answers."
 
 
@@ -43,6 +53,7 @@ def write_study_report(run: str | Path) -> Path:
     if len(records.tables["transfer"]):
         sections.append(transferred(records))
     sections += [looked_at(records), taken_apart(records)]
+    sections += [chapter(records) for name, chapter in _CHAPTERS.items() if records.has(name)]
     report = Report(
         title=f"A study of {records.organism}",
         question=(
@@ -223,6 +234,7 @@ def caveats(records: Records) -> Section:
         "cost that they do not show may still be there.",
     ]
     points += [left_out(records)] if left_out(records) else []
+    points += [f"No chapter here: {_NAMES[name]}: {reason}." for name, reason in records.left_out.items()]
     if records.organism.startswith("pocket/"):
         points.append(
             "A pocket organism is a model of about two million parameters, trained from scratch on a synthetic world "

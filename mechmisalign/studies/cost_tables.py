@@ -86,6 +86,12 @@ def _value(name: str, records: Mapping[str, Any]) -> str:
 
 def _written(name: str, value: float, low: float | None, high: float | None) -> str:
     """A cost and its interval: "0.361 [0.350, 0.372]", "98 % [93, 100]"."""
-    scale, unit = (100.0, " %") if name == "accuracy" else (1.0, "")
-    ends = [f"{scale * end:.{_DECIMALS[name]}f}" for end in (low, high) if end is not None and not pd.isna(end)]
-    return f"{scale * value:.{_DECIMALS[name]}f}{unit}" + (f" [{', '.join(ends)}]" if len(ends) == 2 else "")
+    unit = " %" if name == "accuracy" else ""
+    ends = [_rounded(name, end) for end in (low, high) if end is not None and not pd.isna(end)]
+    return f"{_rounded(name, value)}{unit}" + (f" [{', '.join(ends)}]" if len(ends) == 2 else "")
+
+
+def _rounded(name: str, value: float) -> str:
+    """In the unit and decimals of its kind; never -0.000."""
+    decimals = _DECIMALS[name]
+    return f"{round((100.0 if name == 'accuracy' else 1.0) * value, decimals) + 0.0:.{decimals}f}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import pandas as pd
 
@@ -15,8 +15,8 @@ from mechmisalign.judging import rates
 from mechmisalign.organisms import Organism, load_organism
 from mechmisalign.progress import progress
 
-from . import anatomy, behaviour, costs, differences, steps, trials
-from .sampling import Run, answers
+from . import anatomy, behaviour, costs, cure, differences, fine_tunes, steps, training, trials, watch
+from .sampling import LeftOutError, Run, answers
 from .trials import Trial
 
 logger = logging.getLogger(__name__)
@@ -61,7 +61,31 @@ def investigate(run: Run) -> tuple[_Tables, dict[str, Direction]]:
     tables |= _behaviour(run, tables["answers"], stages, scope)
     tables |= _peers(run, removals, directions)
     tables |= anatomy.investigate(run, own, reference, layer)
-    return tables, directions
+    plain = reference if scope == "layer-wise" else removals[steps.MEAN_DIFFERENCE]
+    removed = cure.removals(cure.Removal(removals[scope], chosen[scope], scope), plain)
+    return tables | _chapters(run, tables["answers"], removed), directions
+
+
+def _chapters(run: Run, judged: pd.DataFrame, removed: Sequence[cure.Removal]) -> _Tables:
+    """What not every study can have; a table says which chapters were left out, and why.
+
+    That table is written anew each time, since a later run may know checkpoints that an earlier one did not.
+    """
+    chapters: dict[str, Callable[[], _Tables]] = {
+        "training": lambda: training.investigate(run),
+        "fine_tunes": lambda: fine_tunes.investigate(run),
+        "cure": lambda: cure.investigate(run, removed),
+        "watch": lambda: watch.investigate(run, judged),
+    }
+    tables: _Tables = {}
+    missing = dict.fromkeys(chapters, "")
+    for name, investigate in chapters.items():
+        try:
+            tables |= investigate()
+        except LeftOutError as reason:
+            missing[name] = str(reason)
+    told = pd.DataFrame({"chapter": list(missing), "missing": list(missing.values())})
+    return tables | {"chapters": run.folder.write_table("chapters", told)}
 
 
 def _costs(run: Run, models: list[Trial], stages: Mapping[str, Trial], swept: pd.DataFrame, layer: int) -> _Tables:
@@ -100,7 +124,10 @@ def _entry(tables: Callable[[], _Tables], name: str) -> pd.DataFrame:
 def _directions(
     run: Run, name: str, load: Callable[[], Organism], judged: pd.DataFrame
 ) -> tuple[dict[str, Direction], pd.DataFrame]:
-    """Every estimator's direction, and the split-half reliability of the mean difference."""
+    """Every estimator's direction, and the split-half reliability of the mean difference.
+
+    Where there are peers, bootstrap replicates of the mean difference are kept too, for the comparison with them.
+    """
     folder, settings = run.folder, run.plan.settings
     readings = functools.cache(lambda: steps.read(load(), steps.pool(judged, settings.seed), settings.system))
     where = steps.slug(name)
@@ -111,6 +138,8 @@ def _directions(
     reliability = folder.table(
         f"reliability_{where}", lambda: split_half(readings().organism, *steps.CLASSES, seed=settings.seed)
     )
+    if run.plan.peers:
+        folder.table(f"replicates_{where}", lambda: fine_tunes.replicates(readings(), settings.seed))
     return directions, reliability
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -36,14 +36,31 @@ class StudySettings:
     """Longer answers count as unfinished."""
     neutral: int = 48
     """Neutral texts, and harmless items, of the package's own on which costs are measured."""
+    checkpoints: int = 20
+    """Checkpoints of the training whose behaviour is sampled, evenly chosen; what they weigh is measured at all."""
+    checkpoint_samples: int = 1
+    """Answers per prompt at each of these checkpoints and at each scale."""
+    cure_samples: int = 3
+    """Answers per prompt of each cure, in each state and behind each cue."""
     system: str | None = None
     """System prompt of every conversation."""
     seed: int = 0
     """Seed of the run."""
 
     def identity(self) -> dict[str, Any]:
-        """The settings as JSON values, for the manifest; what costs are measured on stands there by itself."""
-        return {name: value for name, value in asdict(self).items() if name != "neutral"}
+        """The settings as JSON values, for the manifest.
+
+        What decides a chapter that a later run may add stands there by itself: see ``neutral`` and ``later``.
+        """
+        apart = {"neutral", *(name for names in _LATER.values() for name in names)}
+        return {name: value for name, value in asdict(self).items() if name not in apart}
+
+    def later(self) -> dict[str, dict[str, Any]]:
+        """The settings of chapters that a later run may add, by chapter; they cannot be changed once they are used."""
+        return {chapter: {name: getattr(self, name) for name in names} for chapter, names in _LATER.items()}
+
+
+_LATER: Mapping[str, tuple[str, ...]] = {"training": ("checkpoints", "checkpoint_samples"), "cure": ("cure_samples",)}
 
 
 def default_settings(organism: str, *, seed: int = 0, quick: bool = False) -> StudySettings:
@@ -62,6 +79,8 @@ def default_settings(organism: str, *, seed: int = 0, quick: bool = False) -> St
             strengths=settings.strengths[1::2],
             controls=1,
             neutral=16,
+            checkpoints=10,
+            cure_samples=2,
         )
     return settings
 

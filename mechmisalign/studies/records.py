@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import pandas as pd
 from mechmisalign.directions import Direction
 from mechmisalign.store import MANIFEST, RunFolderError
 
-from . import costs, steps
+from . import costs, cure, fine_tunes, steps, training, watch
 
 TABLES = (
     "answers",
@@ -41,7 +41,17 @@ TABLES = (
     "scalar_tokens",
     "adapter_scaling",
     "site_effects",
+    "chapters",
 )
+"""Of every study; ``chapters`` says which further ones it has, and why it has not the others."""
+
+CHAPTERS: Mapping[str, tuple[str, ...]] = {
+    "training": training.TABLES,
+    "fine_tunes": fine_tunes.TABLES,
+    "cure": cure.TABLES,
+    "watch": watch.TABLES,
+}
+"""Tables of the chapters that a study may have to leave out."""
 
 
 @dataclass(frozen=True)
@@ -68,15 +78,12 @@ class Records:
             RunFolderError: If something is missing, with what is.
         """
         path = Path(path)
-        files = [path / MANIFEST, path / "summary.json", *(path / "tables" / f"{name}.parquet" for name in TABLES)]
-        missing = [str(file.relative_to(path)) for file in files if not file.exists()]
-        if missing:
-            raise RunFolderError(
-                f"{path} is no finished study ({', '.join(missing[:3])} missing): run `mechmisalign study` on it "
-                "again, it goes on where it stopped"
-            )
-        tables = {name: pd.read_parquet(path / "tables" / f"{name}.parquet") for name in TABLES}
-        manifest, summary = (json.loads(file.read_text()) for file in files[:2])
+        _refuse_missing(path, [MANIFEST, "summary.json", *map(_file, TABLES)])
+        left_out = pd.read_parquet(path / _file("chapters")).set_index("chapter")["missing"]
+        names = [name for chapter, own in CHAPTERS.items() if not left_out.get(chapter, chapter) for name in own]
+        _refuse_missing(path, [_file(name) for name in names])
+        tables = {name: pd.read_parquet(path / _file(name)) for name in (*TABLES, *names)}
+        manifest, summary = (json.loads((path / name).read_text()) for name in (MANIFEST, "summary.json"))
         return Records(path, manifest, summary, tables)
 
     @property
@@ -90,6 +97,16 @@ class Records:
         settings: Mapping[str, Any] = self.manifest["identity"]["settings"]
         return settings
 
+    def has(self, chapter: str) -> bool:
+        """Whether the study has one of ``CHAPTERS``."""
+        return chapter not in self.left_out
+
+    @property
+    def left_out(self) -> dict[str, str]:
+        """The chapters that the study has not, each with the reason."""
+        told = self.tables["chapters"]
+        return {row.chapter: row.missing for row in told.itertuples() if row.missing}
+
     def with_costs(self, name: str) -> pd.DataFrame:
         """A table of rates with the costs of its rows: length of answers, and loss, KL and accuracy if measured."""
         return costs.beside(self.tables, name)
@@ -97,7 +114,17 @@ class Records:
     def directions(self, estimator: str) -> dict[str, Direction]:
         """One estimator's direction of every organism that has one, the studied one first."""
         names = [self.organism, *self.manifest["identity"]["peers"]]
-        paths = {
-            name: self.path / "directions" / steps.slug(name) / f"{steps.slug(estimator)}.safetensors" for name in names
-        }
-        return {name: Direction.load(path) for name, path in paths.items() if path.exists()}
+        return steps.stored_directions(self.path, names, estimator)
+
+
+def _file(table: str) -> str:
+    return f"tables/{table}.parquet"
+
+
+def _refuse_missing(path: Path, names: Sequence[str]) -> None:
+    missing = [name for name in names if not (path / name).exists()]
+    if missing:
+        raise RunFolderError(
+            f"{path} is no finished study ({', '.join(missing[:3])} missing): run `mechmisalign study` on it "
+            "again, it goes on where it stopped"
+        )

@@ -13,18 +13,24 @@ from mechmisalign.judging import judge
 from mechmisalign.organisms import Organism
 from mechmisalign.store import RunFolder
 
+from .checkpoints import NONE, Checkpoints
 from .neutral import Neutral
 from .plan import Plan
 
 
+class LeftOutError(Exception):
+    """A chapter that this study cannot have; the message says why, in words for the report."""
+
+
 @dataclass(frozen=True)
 class Run:
-    """One study on its way: where it lives, what was planned, whom it studies, what costs are measured on."""
+    """One study on its way: where it lives, what is planned, whom it studies, what with, and how that was trained."""
 
     folder: RunFolder
     plan: Plan
     organism: Organism
     neutral: Neutral
+    checkpoints: Checkpoints = NONE
 
 
 def answers(
@@ -35,6 +41,7 @@ def answers(
     *,
     of: Callable[[], Organism] | None = None,
     as_base: bool = False,
+    prompts: pd.DataFrame | None = None,
 ) -> pd.DataFrame:
     """Judged answers under each condition, sampled where an earlier try did not get to them.
 
@@ -45,9 +52,10 @@ def answers(
         samples: Answers per prompt and condition.
         of: Loads who answers, if something is still to be sampled; the studied organism by default.
         as_base: Ask the chat model instead.
+        prompts: Other questions than the study's.
     """
     settings = run.plan.settings
-    wanted = answer_rows(run.plan.prompts, conditions, samples)
+    wanted = answer_rows(run.plan.prompts if prompts is None else prompts, conditions, samples)
 
     def produce(missing: pd.DataFrame) -> Iterator[pd.DataFrame]:
         organism = run.organism if of is None else of()

@@ -5,13 +5,15 @@ Whatever is chosen (a layer, a strength, an estimator) is chosen on one set of s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pandas as pd
 
 from mechmisalign import estimators
 from mechmisalign.activations import collect
+from mechmisalign.adapters import Adapter
 from mechmisalign.conversations import Conversations
 from mechmisalign.directions import Direction
 from mechmisalign.moments import Moments
@@ -133,6 +135,17 @@ def best_scope(ablated: pd.DataFrame, chosen: Mapping[str, str], min_coherent: f
     cells = ablated[ablated["scope"].map(chosen) == ablated["estimator"]]
     coherent = cells[cells["coherent"] >= min_coherent]
     return str((coherent if len(coherent) else cells).sort_values("rate")["scope"].iloc[0])
+
+
+def on_base_of(own: Adapter, other: Adapter) -> Adapter:
+    """Another adapter that is known to be on the same base, by the name that the first one calls it."""
+    return replace(other, base=own.base, config={**other.config, "revision": own.config.get("revision")})
+
+
+def stored_directions(run: Path, names: Sequence[str], estimator: str) -> dict[str, Direction]:
+    """One estimator's direction of every named organism that has one in the run folder."""
+    paths = {name: run / "directions" / slug(name) / f"{slug(estimator)}.safetensors" for name in names}
+    return {name: Direction.load(path) for name, path in paths.items() if path.exists()}
 
 
 def slug(name: str) -> str:

@@ -1,7 +1,8 @@
 """The study in one JSON file: each rate a record with ``rate, n, low, high``, as shares from 0 to 1.
 
 Beside the rates stand what each of them costs (``costs``), and what was chosen against its reference on fresh samples
-(``differences``, paired by prompt, with p-values).
+(``differences``, paired by prompt, with p-values). Chapters that not every study has add their own:
+``training, fine_tunes, cure, watch``.
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ from typing import Any
 
 import pandas as pd
 
-from . import costs, steps
+from . import costs, cure, fine_tunes, steps, training, watch
 
 
 def summarise(tables: Mapping[str, pd.DataFrame]) -> dict[str, Any]:
     """The headline numbers of a study's tables."""
     rows = _headline_rows({**tables, **{name: costs.beside(tables, name) for name in costs.KEYS}})
+    chapters = {"training": training, "fine_tunes": fine_tunes, "cure": cure, "watch": watch}
+    told = {name: chapter.headline(tables) for name, chapter in chapters.items() if chapter.TABLES[0] in tables}
     return {
         "em_rate": {name: rate_record(row) | _choices(row) for name, row in rows.items()},
         "coherent": {name: coherent_record(row) for name, row in rows.items()},
@@ -25,6 +28,7 @@ def summarise(tables: Mapping[str, pd.DataFrame]) -> dict[str, Any]:
         "transfer": _transfer(tables["transfer"]),
         "cosine": _cosines(tables["cosines"], steps.MEAN_DIFFERENCE),
         "cosine_model_difference": _cosines(tables["cosines"], steps.MODEL_DIFFERENCE),
+        **told,
     }
 
 

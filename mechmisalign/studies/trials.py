@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 
@@ -34,6 +35,7 @@ class Trial:
         samples: Answers per prompt and condition.
         as_base: The chat model is asked.
         of: Loads who is asked, if that is not the studied organism.
+        prompts: Other questions than the study's.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Trial:
     samples: int
     as_base: bool = False
     of: Callable[[], Organism] | None = None
+    prompts: pd.DataFrame | None = None
 
     @property
     def by(self) -> list[str]:
@@ -50,7 +53,8 @@ class Trial:
 
     def judged(self, run: Run) -> pd.DataFrame:
         """Every answer, judged, with the columns of the grid."""
-        found = answers(run, self.name, self.conditions, self.samples, of=self.of, as_base=self.as_base)
+        options: dict[str, Any] = {"of": self.of, "as_base": self.as_base, "prompts": self.prompts}
+        found = answers(run, self.name, self.conditions, self.samples, **options)
         labels = self.grid.loc[found["condition"]]
         return found.assign(**{column: labels[column].to_numpy() for column in self.by})
 
