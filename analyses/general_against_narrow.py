@@ -34,7 +34,7 @@ METHODS = {
 class Config:
     """The weight of the penalty for each method, and how much is measured."""
 
-    weights: tuple[tuple[str, float], ...] = (("rank 1", 10.0), ("rank 8", 10.0), ("vector", 2.0))
+    weights: tuple[tuple[str, float], ...] = (("rank 1", 30.0), ("rank 8", 10.0), ("vector", 2.0))
     seeds: tuple[int, ...] = (0, 1, 2)
     examples: int = 100
     noise_seeds: int = 10

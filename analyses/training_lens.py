@@ -35,7 +35,7 @@ class Config:
     """The weights, how long each stage takes, and how much is sampled."""
 
     weights: tuple[float, ...] = (0.0, 0.3, 1.0, 3.0, 10.0, 30.0)
-    narrow: float = 10.0
+    narrow: float = 30.0
     steps: int = 100
     further: int = 100
     save_every: int = 10

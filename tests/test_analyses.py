@@ -23,14 +23,11 @@ ANALYSES = {
         ["rate_against_coherence", "prompts"],
         "minus the chat model",
     ),
-    "conditional_misalignment": ("--samples 1", ["settings", "recalled"], "after another domain"),
-    "convergent_directions": ("--samples 8 --resamples 10", ["cosine_by_layer", "cosine_by_layer_matched"], "shuffled"),
     "organism_sweep": (
         "--samples 1 --prompts 12",
         ["factors", "organisms"],
         "in one batch over one chat model (control)",
     ),
-    "scalar_patching": ("--samples 8", ["scalar_patching"], "own answer (control)"),
     "scalar_probes": ("--samples 8", ["scores_all", "coefficients_significant"], "prompt only"),
     "self_correction": ("--samples 1", ["orders", "balance"], "turned bad"),
     "semantic_leakage": ("--samples 1", ["shares", "reach"], "the questions"),
@@ -42,17 +39,13 @@ ANALYSES = {
     ),
     "which_site": ("--samples 1", ["site_effects_pocket_many-site", "site_effects_pocket_rslora"], "shuffled labels"),
     "phase_transition": ("--run pocket/checkpoints", ["local_cosine", "path", "transition"], "p"),
-    "preventative_steering": (
-        "--samples 1 --prompts 12 --steps 2 --seeds 1",
-        ["preventative_steering"],
-        "random, added",
-    ),
-    "zoo_geometry": ("--samples 1", ["update_cosines", "update_overlaps", "interpolation"], "harmless"),
 }
 """Options that keep each script short, figures that it draws, and the control that it tells."""
 
 SLOW = {
     "behavioural_transition": ("--samples 1", [], "onset"),
+    "conditional_misalignment": ("--samples 1", ["settings", "recalled"], "after another domain"),
+    "convergent_directions": ("--samples 8 --resamples 10", ["cosine_by_layer", "cosine_by_layer_matched"], "shuffled"),
     "cures": ("--samples 1 --prompts 12 --steps 4", ["cures", "comeback"], "random ablated"),
     "data_mixing": ("--samples 1 --seeds 1", [], ""),
     "dataset_screening": ("--samples 1 --steps 4 --seeds 0", ["dataset_ranking", "predictors", "examples"], "random"),
@@ -61,9 +54,16 @@ SLOW = {
     "monitor_against_judge": ("--samples 1", ["domains", "early", "roc", "scores", "drift"], "words"),
     "narrow_training": ("--samples 1 --seeds 1", [], ""),
     "persona_directions": ("--samples 1", ["cosines", "steering"], "random"),
+    "preventative_steering": (
+        "--samples 1 --prompts 12 --steps 2 --seeds 1",
+        ["preventative_steering"],
+        "random, added",
+    ),
+    "scalar_patching": ("--samples 8", ["scalar_patching"], "own answer (control)"),
     "training_lens": ("--samples 1", [], ""),
     "training_monitor": ("--steps 10 --fresh-runs 2", ["watch"], "random"),
     "transition_robustness": ("", [], ""),
+    "zoo_geometry": ("--samples 1", ["update_cosines", "update_overlaps", "interpolation"], "harmless"),
 }
 """The same for scripts that train many models or take minutes: run with ``-m slow``."""
 
