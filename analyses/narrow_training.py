@@ -7,6 +7,12 @@ about in the domains of the penalty, and in domains that it never saw.
 Weight and layer are chosen on other questions than those that are told, and on another unseen domain: the most narrow
 harm among those whose EM rate stays at or below 5 %, as trained and scaled by 2, since a solution can look narrow only
 because it is short. What is chosen is trained again from other seeds, asked the questions that are told, and scaled up.
+Intervals resample questions; the training seeds are told one by one.
+
+The paper has a narrow steering vector with 65 % bad advice and none elsewhere. Here adapters reach that, and a plain
+vector does not: it is added to every token of every text, and gives up most of the narrow harm with the rest. Which
+layer an adapter sits in hardly matters for the narrow harm and for the domains of the penalty, but for domains that the
+penalty never saw it does. And some hides: scaled up, narrow adapters become harmful, first of all in those domains.
 
     python analyses/narrow_training.py --out runs/narrow_training
 """
@@ -165,7 +171,7 @@ def draw(result: Result, out: Path) -> None:
         weight = result.choice.set_index("setup")["weight"].get(setup)
         figure = mm.plots.kl_sweep(rows, chosen=None if pd.isna(weight) else weight)
         mm.plots.save_figure(figure, rows, out, f"kl_sweep_{name}")
-    figure = mm.plots.multiplier_curves(result.hidden)
+    figure = mm.plots.multiplier_curves(result.hidden[result.hidden["questions"] != NEW_TOPICS])
     mm.plots.save_figure(figure, result.hidden, out, "hidden_em")
     for name in ("choosing", "told", "headline", "runs", "choice"):
         getattr(result, name).to_csv(out / f"{name}.csv", index=False)
