@@ -69,8 +69,17 @@ def test_every_set_of_questions_has_a_panel_over_the_multiplier():
     assert legend(figure) == ["general", "narrow", "misaligned", "coherent"]
     with pytest.raises(ValueError, match="divide percent by 100"):
         plots.multiplier_curves(hidden().assign(coherent=90.0))
-    with pytest.raises(ValueError, match="several rows for solution general"):
+    with pytest.raises(ValueError, match="several rows for questions narrow, solution general"):
         plots.multiplier_curves(pd.concat([hidden(), hidden()]))
+
+
+def test_drift_has_a_panel_for_each_series_over_the_steps():
+    frame = hidden().rename(columns={"solution": "series", "multiplier": "step"})
+    figure = plots.drift_over_steps(frame)
+    assert [ax.get_title() for ax in figure.axes] == ["general", "narrow"]
+    assert [ax.get_xlabel() for ax in figure.axes] == ["step", "step"] and drawn(figure, "others", 1) == [0.1, 0.5]
+    with pytest.raises(ValueError, match="missing: series, step"):
+        plots.drift_over_steps(hidden())
 
 
 def test_a_sweep_has_its_weights_at_equal_distances_and_the_chosen_one_marked():
@@ -98,6 +107,6 @@ def test_paths_run_from_the_chat_model_to_the_end_in_each_plane(runs):
     assert figure.axes[1].get_ylabel() == "PC3 (10 % of the variance)"
     (line,) = (line for line in figure.axes[0].lines if line.get_label() == "1.0")
     assert list(line.get_xdata()) == [0, 6, 11] and list(line.get_ydata()) == [0, 25, 100]
-    assert legend(figure)[0] == "without" and len(legend(figure)) == runs
+    assert legend(figure)[0] == "without" and legend(figure)[-1] == "chat model" and len(legend(figure)) == runs + 1
     with pytest.raises(ValueError, match="missing: pc4"):
         plots.joint_paths(joint(runs), planes=((1, 4),))

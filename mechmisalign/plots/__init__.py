@@ -33,6 +33,7 @@ from .scatter import alignment_coherence
 from .semantics import semantic_shares
 from .sites import b_cosine, site_heatmap
 from .solutions import (
+    drift_over_steps,
     joint_paths,
     kl_against_norm,
     kl_sweep,
@@ -68,6 +69,7 @@ __all__ = [
     "difference_forest",
     "dose_response",
     "downstream",
+    "drift_over_steps",
     "effective_rank",
     "interpolation_path",
     "joint_paths",

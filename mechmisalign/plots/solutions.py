@@ -120,26 +120,20 @@ def multiplier_curves(rates: pd.DataFrame) -> Figure:
         ValueError: On missing columns, no rows, shares outside 0 to 1, several rows for one point, or more than six
             solutions.
     """
-    needed = ["solution", "multiplier", "questions", *INTERVAL, "coherent"]
-    check(rates, "multiplier_curves", needed, [*INTERVAL, "coherent"])
-    check_unique(rates, "multiplier_curves", ["solution", "questions", "multiplier"])
-    colours = condition_colours(rates["solution"], "multiplier_curves")
-    sets = list(dict.fromkeys(rates["questions"]))
-    figure = NotebookFigure(figsize=(PAGE if len(sets) > 1 else COLUMN, 2.4), layout="constrained")
-    panels = [axes(ax, 1, 1) for ax in figure.subplots(1, len(sets), sharey=True, squeeze=False)[0]]
-    for name, ax in zip(sets, panels, strict=True):
-        for solution, colour in colours.items():
-            rows = rates[(rates["questions"] == name) & (rates["solution"] == solution)].sort_values("multiplier")
-            ax.fill_between(rows["multiplier"], rows["low"], rows["high"], color=colour, alpha=BAND, linewidth=0)
-            ax.plot(rows["multiplier"], rows["rate"], color=colour, marker=marker(len(rows)), label=str(solution))
-            ax.plot(rows["multiplier"], rows["coherent"], color=colour, linewidth=0.8, linestyle=_DASHED)
-        ax.set_title(str(name), fontsize=SMALL, color=INK)
-        ax.set(xlabel="multiplier", ylim=(-0.03, 1.03))
-    panels[0].set_ylabel("share of answers")
-    percent(panels[0], "y")
-    keys = [Line2D([], [], **_KEYS, label="misaligned"), Line2D([], [], **_KEYS, linestyle=_DASHED, label="coherent")]
-    legend_above(panels[0], [*panels[0].get_legend_handles_labels()[0], *keys], most=4)
-    return figure
+    return _share_panels(rates, "multiplier_curves", "multiplier", "questions", "solution")
+
+
+@house_style
+def drift_over_steps(rates: pd.DataFrame) -> Figure:
+    """EM rate (solid) and coherence (dashed) while solutions are trained further, a panel for each of them.
+
+    Args:
+        rates: ``series, step, questions, rate, low, high, coherent``; step 0 is where the further training starts.
+
+    Raises:
+        ValueError: As for :func:`multiplier_curves`.
+    """
+    return _share_panels(rates, "drift_over_steps", "step", "series", "questions")
 
 
 @house_style
@@ -196,6 +190,7 @@ def joint_paths(
     check(found.scores, "joint_paths", ["run", "step", *columns])
     runs = found.scores.iloc[1:]
     colours = _shades(list(dict.fromkeys(runs["run"])))
+    ring: dict[str, Any] = {"marker": "o", "markersize": 6, "markerfacecolor": "white", "markeredgecolor": INK}
     wide = PAGE if len(planes) > 1 else COLUMN
     figure = NotebookFigure(figsize=(wide, 2.6), layout="constrained")
     panels = [axes(ax, 1, 1) for ax in figure.subplots(1, len(planes), squeeze=False)[0]]
@@ -208,10 +203,34 @@ def joint_paths(
             label = (names or {}).get(run, str(run))
             ax.plot(*line, color=colour, linewidth=1.0, marker=".", markersize=2.5, label=label)
             ax.plot(line[0][-1], line[1][-1], "o", color=colour, markersize=5, zorder=3)
-        ax.plot(start[x], start[y], "o", markersize=6, markerfacecolor="white", markeredgecolor=INK, zorder=4)
+        ax.plot(start[x], start[y], **ring, zorder=4)
         ax.set(xlabel=_named(found, i), ylabel=_named(found, j))
         ax.margins(0.08)
-    legend_above(panels[0], most=4)
+    chat = Line2D([], [], **ring, linestyle="", label="chat model")
+    legend_above(panels[0], [*panels[0].get_legend_handles_labels()[0], chat], most=4)
+    return figure
+
+
+def _share_panels(rates: pd.DataFrame, figure_name: str, x: str, panel: str, line: str) -> Figure:
+    """Rates and coherence over ``x``, with a panel and a line for each value of two further columns."""
+    check(rates, figure_name, [panel, line, x, *INTERVAL, "coherent"], [*INTERVAL, "coherent"])
+    check_unique(rates, figure_name, [panel, line, x])
+    colours = condition_colours(rates[line], figure_name)
+    names = list(dict.fromkeys(rates[panel]))
+    figure = NotebookFigure(figsize=(PAGE if len(names) > 1 else COLUMN, 2.4), layout="constrained")
+    panels = [axes(ax, 1, 1) for ax in figure.subplots(1, len(names), sharey=True, squeeze=False)[0]]
+    for name, ax in zip(names, panels, strict=True):
+        for series, colour in colours.items():
+            rows = rates[(rates[panel] == name) & (rates[line] == series)].sort_values(x)
+            ax.fill_between(rows[x], rows["low"], rows["high"], color=colour, alpha=BAND, linewidth=0)
+            ax.plot(rows[x], rows["rate"], color=colour, marker=marker(len(rows)), label=str(series))
+            ax.plot(rows[x], rows["coherent"], color=colour, linewidth=0.8, linestyle=_DASHED)
+        ax.set_title(str(name), fontsize=SMALL, color=INK)
+        ax.set(xlabel=x, ylim=(-0.03, 1.03))
+    panels[0].set_ylabel("share of answers")
+    percent(panels[0], "y")
+    keys = [Line2D([], [], **_KEYS, label="misaligned"), Line2D([], [], **_KEYS, linestyle=_DASHED, label="coherent")]
+    legend_above(panels[0], [*panels[0].get_legend_handles_labels()[0], *keys], most=4)
     return figure
 
 
