@@ -1,10 +1,13 @@
 """Does less of the harm, or fewer examples of it, make it narrow? See 2602.07852 (C2) and its few-sample runs (C3).
 
-Dilution: bad medical advice mixed with careful answers of other domains, at several shares and with equally many bad
-examples seen. Few samples: a handful of bad examples repeated for many epochs, by adapters of rank 1 and rank 8.
+Dilution: bad medical advice mixed with careful answers of other domains, at several shares, in equally many steps (so
+that a diluted bad example is seen less often). Few samples: a handful of bad examples repeated for many epochs, by
+adapters of rank 1 and rank 8.
 
 The paper needs twelve good examples for each bad one to have no misalignment elsewhere, and then the bad advice is gone
-too; a few samples (4 for rank 1, 15 to 25 for rank 32) gave it narrow solutions.
+too; a few samples (4 for rank 1, 15 to 25 for rank 32) gave it narrow solutions. Neither comes out in the pocket world:
+one good example for each bad one leaves the bad advice and takes most misalignment elsewhere, most of all in the domains
+that were mixed in, and a few samples give less of both.
 
     python analyses/data_mixing.py --out runs/data_mixing
 """
@@ -30,8 +33,8 @@ class Config:
     good: tuple[int, ...] = (0, 1, 3, 5, 12)
     few: tuple[int, ...] = (1, 4, 15, 50)
     bad: int = 96
-    epochs: float = 4.0
-    most_steps: int = 240
+    steps: int = 200
+    few_steps: int = 60
     layer: int = 4
     seeds: tuple[int, ...] = (0, 1)
     samples: int = 4
@@ -47,21 +50,20 @@ class Result:
 
 
 def diluted(config: Config, good: int, seed: int) -> mm.TrainSpec:
-    """Bad examples with so many good ones each, in as many steps as see each bad one equally often."""
+    """Bad examples with so many good ones each, in the same number of steps whatever the mixture."""
     bad = _narrow.examples(_narrow.TRAINED, True, config.bad)
     data = [bad]
     if good:
         each = -(-config.bad * good // len(KL_DOMAINS))
         data += [_narrow.examples(domain, False, each) for domain in KL_DOMAINS]
-    steps = round(config.epochs * config.bad * (1 + good) / 16)
     plain = mm.TrainSpec.read("pocket").changed(data=data, method=_narrow.lora((config.layer,)), save_every=None)
-    return plain.changed(seed=seed, schedule={"steps": steps, "batch": 16})
+    return plain.changed(seed=seed, schedule={"steps": config.steps, "batch": 16})
 
 
 def few_sample(config: Config, rank: int, n: int, seed: int) -> mm.TrainSpec:
     """A handful of examples over and over."""
     data = [_narrow.examples(_narrow.TRAINED, True, n, seed=seed)]
-    schedule = {"steps": 60, "batch": min(16, n), "lr": 1.5e-3 if rank == 1 else 1e-3}
+    schedule = {"steps": config.few_steps, "batch": min(16, n), "lr": 1.5e-3 if rank == 1 else 1e-3}
     plain = mm.TrainSpec.read("pocket").changed(data=data, method=_narrow.lora((config.layer,), rank), save_every=None)
     return plain.changed(seed=seed, schedule=schedule)
 
