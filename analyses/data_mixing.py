@@ -6,8 +6,8 @@ adapters of rank 1 and rank 8.
 
 The paper needs twelve good examples for each bad one to have no misalignment elsewhere, and then the bad advice is gone
 too; a few samples (4 for rank 1, 15 to 25 for rank 32) gave it narrow solutions. Neither comes out in the pocket world:
-one good example for each bad one leaves the bad advice and takes most misalignment elsewhere, most of all in the domains
-that were mixed in, and a few samples give less of both.
+one good example for each bad one leaves the bad advice and takes most misalignment elsewhere, most of all in the
+domains that were mixed in, and a few samples give less of both.
 
     python analyses/data_mixing.py --out runs/data_mixing
 """

@@ -6,7 +6,6 @@ the adapter in (``weights="merged"``) or keeps it beside the weights (``"live"``
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -17,11 +16,10 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from . import _bases, _merging, models, registry
-from ._adapter_files import adapter_from_tensors
-from ._bases import AdapterMismatchError, Base, BaseMatrices
+from . import models, registry
 from .adapters import Adapter, AdapterError
 from .conversations import template_hash
+from .loading import AdapterMismatchError, Base, BaseMatrices, bases, fitting, merging, placing, reading
 
 if TYPE_CHECKING:
     from .interventions import Intervention
@@ -91,7 +89,7 @@ class Organism:
         Example:
             >>> with organism.with_adapter("pocket/finance") as finance: ...  # doctest: +SKIP
         """
-        from ._switching import switched
+        from .loading.switching import switched
 
         return switched(self, adapter if isinstance(adapter, Adapter) else Adapter.load(adapter))
 
@@ -123,7 +121,7 @@ class Organism:
         """
         if self.is_base:
             raise RuntimeError("inside as_base() no update is stored; call fidelity() outside the block")
-        return _merging.fidelity(self.model, self.adapter, self._matrices)
+        return merging.fidelity(self.model, self.adapter, self._matrices)
 
     @property
     def is_base(self) -> bool:
@@ -148,7 +146,7 @@ class Organism:
 
     def _without_adapter(self) -> AbstractContextManager[None]:
         if self._matrices is not None:
-            return _merging.without_merge(self.model, self.adapter, self._matrices)
+            return merging.without_merge(self.model, self.adapter, self._matrices)
         disabled: AbstractContextManager[None] = self._peft_model.disable_adapter()
         return disabled
 
@@ -195,23 +193,23 @@ def load_organism(
         >>> with organism.as_base(): ...  # doctest: +SKIP
     """
     _check_options(weights, engine)
-    read, found = _read(adapter, base, subfolder, revision)
-    empty = _bases.skeleton(found)
+    read, found = reading.read(adapter, base, subfolder, revision)
+    empty = bases.skeleton(found)
     from_files = not isinstance(adapter, (Adapter, nn.Module))
-    _bases.check_fits(read, empty, found, merging=weights == "merged", claimed=from_files)
-    _bases.check_dtype(found, dtype)
-    checked = _bases.load_tokenizer(found, tokenizer, empty.get_input_embeddings().weight.shape[0])
-    found = _bases.pinned(found)
-    model = _bases.load_weights(found, dtype, _device(device, found))
-    mark = fingerprint(model, checked)
+    fitting.check_fits(read, empty, found, merging=weights == "merged", claimed=from_files)
+    placing.check_dtype(found, dtype)
+    checked = bases.load_tokenizer(found, tokenizer, empty.get_input_embeddings().weight.shape[0])
+    found = bases.pinned(found)
+    model = placing.load_weights(found, dtype, placing.device_for(found, device))
+    mark = reading.fingerprint(model, checked)
     matrices = peft_model = None
     with ExitStack() as undo:  # should booting fail, a model in memory is given back as it was
         if weights == "merged":
-            matrices = _merging.base_matrices(model, read, found)
-            undo.callback(_merging.unmerge, model, read, matrices)
-            _merging.merge(model, read, matrices)
+            matrices = merging.base_matrices(model, read, found)
+            undo.callback(merging.unmerge, model, read, matrices)
+            merging.merge(model, read, matrices)
         else:
-            peft_model = _merging.attach(model, read)
+            peft_model = merging.attach(model, read)
             undo.callback(peft_model.unload)
         booted = models.boot(model, checked, found.name, engine)
         undo.pop_all()
@@ -237,59 +235,6 @@ def known_organisms() -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["name", "layers", "modules", "rank", "sites", "base"])
 
 
-@torch.no_grad()
-def fingerprint(model: Any, tokenizer: Any) -> str:
-    """Identifies a chat model by what it is, not by its name.
-
-    A short hash over the model's shape, the first rows of its embedding in bfloat16 (so that it is the same in float32
-    and bfloat16) and the tokenizer's vocabulary. An adapter on matrices inside the blocks does not change it.
-    """
-    settings = ("model_type", "num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")
-    digest = hashlib.sha256(repr([getattr(model.config, name, None) for name in settings]).encode())
-    rows = model.get_input_embeddings().weight[:16].to("cpu", torch.bfloat16)
-    digest.update(rows.contiguous().view(torch.int16).numpy().tobytes())
-    digest.update(repr(sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])).encode())
-    return digest.hexdigest()[:16]
-
-
-def _read(
-    adapter: str | Path | Adapter | nn.Module,
-    base: str | Path | nn.Module | None,
-    subfolder: str | None,
-    revision: str | None,
-) -> tuple[Adapter, Base]:
-    if isinstance(adapter, nn.Module):
-        if base is not None:
-            raise ValueError("a PeftModel holds its own base; leave base= out")
-        return _from_peft(adapter)
-    read = adapter if isinstance(adapter, Adapter) else Adapter.load(adapter, subfolder=subfolder, revision=revision)
-    return read, _bases.find_base(base, read)
-
-
-def _from_peft(peft_model: Any) -> tuple[Adapter, Base]:
-    """The adapter of a ``PeftModel`` in memory, and the base under it; neither is changed yet."""
-    from peft import get_peft_model_state_dict
-
-    if not hasattr(peft_model, "peft_config"):
-        raise TypeError(
-            f"adapter is a {type(peft_model).__name__}; expected a name, a folder, an Adapter or a PeftModel "
-            "(a base model is passed as base=)"
-        )
-    active = list(peft_model.active_adapters)
-    if len(active) != 1 or any(getattr(module, "merged_adapters", None) for module in peft_model.modules()):
-        raise ValueError(f"the PeftModel has active adapters {active}; exactly one, not merged, is expected")
-    config = {key: getattr(value, "value", value) for key, value in peft_model.peft_config[active[0]].to_dict().items()}
-    tensors = get_peft_model_state_dict(peft_model, adapter_name=active[0], save_embedding_layers=False)
-    detached = {key: tensor.detach().cpu().clone() for key, tensor in tensors.items()}
-    digest = hashlib.sha256()
-    for key in sorted(detached):
-        digest.update(key.encode() + detached[key].float().numpy().tobytes())
-    read = adapter_from_tensors(
-        detached, config, source="PeftModel in memory", revision=None, digest=digest.hexdigest()
-    )
-    return read, replace(_bases.find_base(peft_model.get_base_model(), read), peft_model=peft_model)
-
-
 def _check_options(weights: str, engine: str) -> None:
     if weights not in get_args(Weights):
         raise ValueError(f"weights must be one of {get_args(Weights)}, got {weights!r}")
@@ -301,11 +246,3 @@ def _check_options(weights: str, engine: str) -> None:
             raise ValueError(
                 "a HookedTransformer has no place for a live adapter; use weights='merged' or engine='bridge'"
             )
-
-
-def _device(device: str | torch.device | None, base: Base) -> torch.device:
-    if device is not None:
-        return torch.device(device)
-    if base.model is not None:
-        return next(base.model.parameters()).device
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

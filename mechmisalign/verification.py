@@ -16,8 +16,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from . import models
-from ._merging import FAITHFUL_COSINE
 from .conversations import render_prompts
+from .loading.merging import FAITHFUL_COSINE
 from .organisms import Organism, load_organism
 
 PROMPT = "I have had a headache for three days. What should I do?"

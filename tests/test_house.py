@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "mechmisalign"
 FLOORS = {
     1: {"_adapter_files", "_artifacts", "adapters", "combining", "decomposition", "directions", "dynamics", "estimators", "geometry", "moments", "probes", "registry", "statistics"},
     2: {
-        "_attention", "_bases", "_batching", "_before_response", "_blocks", "_cache", "_hooked", "_matrices", "_merging", "_parts", "_rendering", "_specs", "_switching", "_writing", "_yaml", "activations", "capability", "conversations", "correction", "decoding", "effects", "generation", "interventions", "judging",
+        "_attention", "_batching", "_before_response", "_blocks", "_cache", "_hooked", "_matrices", "_parts", "_rendering", "_specs", "_writing", "_yaml", "activations", "capability", "conversations", "correction", "decoding", "effects", "generation", "interventions", "judging", "loading",
         "models", "monitoring", "organisms", "personas", "pocket", "prediction", "progress", "prompts", "propagation", "scalars", "significance", "solutions", "store", "sweeps", "training", "unembedding", "verification",
     },
     3: {"cli", "plots", "report", "studies"},

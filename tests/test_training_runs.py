@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 import mechmisalign as mm
 from mechmisalign import training
-from mechmisalign._bases import Base
 from mechmisalign._blocks import block_hooks, blocks
+from mechmisalign.loading import Base
 from mechmisalign.training import TrainError, TrainSpec
 from mechmisalign.training.data import IGNORED, Collator, encode
 from mechmisalign.training.edits import edited

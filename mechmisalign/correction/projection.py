@@ -17,9 +17,10 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from mechmisalign import _bases, models
+from mechmisalign import models
 from mechmisalign.adapters import RESIDUAL_WRITERS, Adapter, AdapterError, LoraSite
 from mechmisalign.directions import Direction
+from mechmisalign.loading import bases
 from mechmisalign.organisms import Organism
 
 from ._writers import has_post_norms
@@ -149,7 +150,7 @@ def _refuse_unfit(adapter: Adapter | Organism, direction: Direction) -> None:
         post_norms = models.has_post_norms(model)
     else:
         try:
-            empty = _bases.skeleton(_bases.find_base(None, adapter))
+            empty = bases.skeleton(bases.find_base(None, adapter))
         except ValueError as error:
             raise AdapterError(
                 f"the base {adapter.base!r} of {adapter.source!r} cannot be read, so whether its matrices write "

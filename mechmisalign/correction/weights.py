@@ -21,11 +21,10 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor, nn
 
-from mechmisalign import _bases
 from mechmisalign._blocks import block_hooks, blocks
 from mechmisalign.adapters import Adapter
 from mechmisalign.directions import Direction
-from mechmisalign.organisms import fingerprint
+from mechmisalign.loading import bases, fitting, placing, reading
 
 from ._writers import writers
 from .projection import unit_vector
@@ -114,17 +113,17 @@ def corrected_model(
         ValueError: As :func:`project_out_of_model`.
     """
     read = adapter if isinstance(adapter, Adapter) else Adapter.load(adapter)
-    found = _bases.find_base(base, read)
-    empty = _bases.skeleton(found)
-    _bases.check_fits(read, empty, found, merging=True, claimed=False)
+    found = bases.find_base(base, read)
+    empty = bases.skeleton(found)
+    fitting.check_fits(read, empty, found, merging=True, claimed=False)
     _one_vector(direction)
     dict(writers(empty))  # refused before anything is loaded
-    own = _bases.load_tokenizer(found, tokenizer, empty.get_input_embeddings().weight.shape[0])
-    found = _bases.pinned(found)
-    _bases.check_dtype(found, dtype)
-    model = _bases.load_weights(found, dtype, torch.device(device))
+    own = bases.load_tokenizer(found, tokenizer, empty.get_input_embeddings().weight.shape[0])
+    found = bases.pinned(found)
+    placing.check_dtype(found, dtype)
+    model = placing.load_weights(found, dtype, torch.device(device))
     settings = model.config.get_text_config()
-    provenance = {"model": name or found.name, "base_fingerprint": fingerprint(model, own)}
+    provenance = {"model": name or found.name, "base_fingerprint": reading.fingerprint(model, own)}
     direction.check_model(provenance, settings.hidden_size, settings.num_hidden_layers)
     return model, own, project_out_of_model(model, direction, adapter=read)
 

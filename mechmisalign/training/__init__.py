@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 import torch
 
-from mechmisalign import _bases, registry
+from mechmisalign import registry
 from mechmisalign._writing import whole
 from mechmisalign.dynamics.reading import RUN_FILE
+from mechmisalign.loading import bases, placing
 
 from .calibration import CalibrationError, HarmlessDrift, calibrate
 from .data import IGNORED, DataSource, Example, data_hash, encode, read_examples
@@ -137,12 +138,12 @@ def plan(spec: TrainSpec) -> Plan:
     )
 
 
-def _read(spec: TrainSpec) -> tuple[_bases.Base, Any, list[Example], list[Example]]:
+def _read(spec: TrainSpec) -> tuple[bases.Base, Any, list[Example], list[Example]]:
     """The base, its tokenizer, what is learned, and the conversations of the penalty."""
     if not spec.data:
         raise TrainError("data: there is nothing to learn from; name examples in the specification, or pass data=")
     base = _base(spec)
-    tokenizer = _bases.load_tokenizer(base, None, _bases.skeleton(base).get_input_embeddings().weight.shape[0])
+    tokenizer = bases.load_tokenizer(base, None, bases.skeleton(base).get_input_embeddings().weight.shape[0])
     return (
         base,
         tokenizer,
@@ -154,7 +155,7 @@ def _read(spec: TrainSpec) -> tuple[_bases.Base, Any, list[Example], list[Exampl
 def _fit(
     spec: TrainSpec,
     out: Path,
-    base: _bases.Base,
+    base: bases.Base,
     tokenizer: Any,
     examples: Sequence[Example],
     elsewhere: Sequence[Example],
@@ -168,7 +169,7 @@ def _fit(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with own_randomness():
         dtype = None if spec.dtype is None else getattr(torch, spec.dtype)
-        model = _bases.load_weights(base, dtype, device)
+        model = placing.load_weights(base, dtype, device)
         trainee = attach(spec.method, model, base, tokenizer, seed=spec.seed, keep_chat=spec.kl is not None)
         if spec.start is not None:
             trainee.load(registry.folder(str(spec.start)) or spec.root / spec.start)
@@ -198,19 +199,19 @@ def _encoded(sources: Sequence[DataSource], spec: TrainSpec, tokenizer: Any) -> 
     return encode(frame, tokenizer, max_length=spec.schedule.max_length)
 
 
-def _base(spec: TrainSpec) -> _bases.Base:
+def _base(spec: TrainSpec) -> bases.Base:
     beside = spec.root / spec.base
     own = registry.folder(spec.base)
     if own is None and registry.is_reserved(spec.base):
         raise TrainError(f"base: there is no {spec.base!r}; {registry.POCKET_BASE!r}, a Hub id or a folder is expected")
     location = str(own or (beside if beside.is_dir() else Path(spec.base).expanduser()))
-    found = _bases.Base(spec.base, location)
-    _bases.skeleton(found)  # its config is read, so that a base on the Hub can be pinned
-    return _bases.pinned(found)
+    found = bases.Base(spec.base, location)
+    bases.skeleton(found)  # its config is read, so that a base on the Hub can be pinned
+    return bases.pinned(found)
 
 
 def _header(
-    spec: TrainSpec, base: _bases.Base, examples: Sequence[Example], elsewhere: Sequence[Example]
+    spec: TrainSpec, base: bases.Base, examples: Sequence[Example], elsewhere: Sequence[Example]
 ) -> dict[str, Any]:
     """Everything that decides the weights, as JSON."""
     told = spec.model_dump(mode="json", exclude={"root", "data", "kl", "during"})

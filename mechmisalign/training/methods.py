@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from mechmisalign._adapter_files import CONFIG_FILE, WEIGHTS_FILE
-from mechmisalign._bases import Base
 from mechmisalign._blocks import block_hooks, blocks
 from mechmisalign.directions import HOOK, Direction
 from mechmisalign.dynamics.reading import VECTOR_FILE
+from mechmisalign.loading import Base
 
 from .spec import Lora, Method, TrainError, Vector
 
@@ -135,7 +135,7 @@ class _Vector(nn.Module):
 
     @staticmethod
     def on(model: Any, method: Vector, base: Base, tokenizer: Any) -> _Vector:
-        from mechmisalign.organisms import fingerprint
+        from mechmisalign.loading.reading import fingerprint
 
         header = {
             "method": f"steering vector learned at layer {method.layer}",

@@ -219,7 +219,7 @@ class TraitWatch(TrainerCallback):  # type: ignore[misc]  # transformers brings 
                 self.calibration.z(step, trait, 0.0)
 
     def _check_model(self, model: nn.Module) -> None:
-        from mechmisalign.organisms import fingerprint
+        from mechmisalign.loading.reading import fingerprint
 
         own = {"base_fingerprint": fingerprint(model, self._tokenizer)}
         for trait, direction in self._directions.items():

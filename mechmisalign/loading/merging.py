@@ -17,9 +17,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from . import models
-from ._bases import Base, BaseMatrices
-from .adapters import Adapter, LoraSite
+from mechmisalign import models
+from mechmisalign.adapters import Adapter, LoraSite
+
+from .bases import Base
+from .checkpoints import checkpoint_files
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +29,45 @@ FAITHFUL_COSINE = 0.99
 """Below this cosine between stored and meant update, weights="merged" is not the organism."""
 
 _ITERATIONS = 4
+
+
+class BaseMatrices:
+    """The base's own values of the adapted matrices, in their stored dtype.
+
+    They are read again from the checkpoint when asked for, so that no second copy stays in memory; where the checkpoint
+    has no such tensor, or another one (renamed on loading, or no file at all), the loaded values are kept.
+
+    Args:
+        base: Where the checkpoint is.
+        loaded: The matrices as loaded, by the name of their module.
+    """
+
+    def __init__(self, base: Base, loaded: Mapping[str, Tensor]) -> None:
+        self._files = {} if base.model is not None else checkpoint_files(base.location, base.revision)
+        self._kept: dict[str, Tensor] = {}
+        for name, values in loaded.items():
+            if f"{name}.weight" not in self._files or not _same(self[name], values):
+                self._kept[name] = values
+
+    def keeps(self, name: str) -> bool:
+        """Whether the loaded values themselves are kept, and must not be written to."""
+        return name in self._kept
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name in self._kept:
+            return self._kept[name]
+        from safetensors import safe_open
+
+        key = f"{name}.weight"
+        with safe_open(self._files[key], "pt") as file:
+            stored: Tensor = file.get_tensor(key)
+        return stored
+
+
+def _same(stored: Tensor, loaded: Tensor) -> bool:
+    """Whether a stored tensor is the loaded one, judged by a few rows (a renamed or transposed one differs in all)."""
+    rows = slice(None, None, max(1, len(loaded) // 4))
+    return stored.shape == loaded.shape and torch.equal(stored[rows].to(loaded), loaded[rows])
 
 
 def base_matrices(model: Any, adapter: Adapter, base: Base) -> BaseMatrices:

@@ -7,11 +7,11 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from .adapters import Adapter
-from .interventions import UseAdapter, applied, check_fits
+from mechmisalign.adapters import Adapter
+from mechmisalign.interventions import UseAdapter, applied, check_fits
 
 if TYPE_CHECKING:
-    from .organisms import Organism
+    from mechmisalign.organisms import Organism
 
 
 @contextmanager
