@@ -1,8 +1,9 @@
 """From names and files to a model in memory: the parts of ``load_organism``.
 
-``reading`` takes what was given apart, ``bases`` finds the chat model, ``fitting`` refuses an adapter that does not belong to it before anything is loaded,
-``placing`` reads the weights onto their device, ``merging`` folds the adapter in (or ``attach``es it) and takes it out
-again, ``switching`` lends the model to another adapter, ``checkpoints`` knows which file holds which tensor.
+``reading`` takes apart what was given, ``bases`` finds the chat model, ``fitting`` refuses an adapter that does not
+belong to it before anything is loaded, ``placing`` reads the weights onto their device, ``merging`` folds the adapter
+in or attaches it, and takes it out again, ``switching`` lends the model to another adapter, ``checkpoints`` knows which
+file holds which tensor.
 """
 
 from .bases import Base
