@@ -26,6 +26,10 @@ import mechmisalign as mm
 from mechmisalign import solutions
 
 
+ELSEWHERE = {_narrow.IN_KL: "domains that dilute", _narrow.NOT_IN_KL: "other domains"}
+"""What the questions about untrained domains are called here, where no KL text is used."""
+
+
 @dataclass(frozen=True)
 class Config:
     """Good examples for each bad one, unique bad examples, and how much is trained and sampled."""
@@ -86,6 +90,7 @@ def run(config: Config, out: Path) -> Result:
         samples=config.samples, max_new_tokens=mm.pocket.MAX_NEW_TOKENS, seed=config.seed + 1,
     )  # fmt: skip
     judged[["series", "x", "run"]] = judged["solution"].str.split(" | ", expand=True, regex=False)
+    judged["questions"] = judged["questions"].replace(ELSEWHERE)
     rates = mm.rates(judged.astype({"x": int}), by=["series", "x", "questions"])
     of_dilution = rates["series"] == "diluted"
     return Result(rates[of_dilution].reset_index(drop=True), rates[~of_dilution].reset_index(drop=True))

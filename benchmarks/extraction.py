@@ -31,13 +31,16 @@ from mechmisalign.store import environment, write_json
 RESULTS = Path(__file__).parent / "results"
 
 
-def ragged_conversations(tokenizer: Any, rows: int, seed: int = 0) -> mm.Conversations:
-    """Conversations whose lengths spread over a factor of ten (log-normal, as chat answers do)."""
+def ragged_conversations(tokenizer: Any, rows: int, seed: int = 0, longest: int = 12) -> mm.Conversations:
+    """Conversations whose lengths spread over a factor of ten (log-normal, as chat answers do).
+
+    ``longest`` is the number of short answers that the longest response is made of.
+    """
     from mechmisalign.pocket.world import DOMAINS, narrow_examples
 
     examples = pd.concat([narrow_examples(domain, False, 64, seed) for domain in DOMAINS], ignore_index=True)
     rng = np.random.default_rng(seed)
-    sentences = rng.lognormal(0.6, 0.7, size=rows).clip(1, 12).astype(int)
+    sentences = (rng.lognormal(0.6, 0.7, size=rows).clip(1, 12) * longest / 12).astype(int)
     responses = [" ".join(rng.choice(examples["response"], size=count)) for count in sentences]
     prompts = rng.choice(examples["prompt"], size=rows)
     return mm.Conversations(
@@ -61,7 +64,8 @@ def naive(model: Any, conversations: mm.Conversations, pad: int) -> dict[str, to
         rows = range(start, min(start + 20, len(conversations)))
         ids = torch.tensor([conversations.ids(r) + [pad] * (width - len(conversations.ids(r))) for r in rows])
         mask = torch.tensor([[1] * int(spans["length"][r]) + [0] * (width - int(spans["length"][r])) for r in rows])
-        hidden = model(input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False).hidden_states
+        inputs = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
+        hidden = model(**inputs, output_hidden_states=True, use_cache=False).hidden_states
         for position, row in enumerate(rows):
             answer = slice(int(spans["response_start"][row]), int(spans["response_stop"][row]))
             collected[conversations.frame["label"][row]].append([layer[position, answer] for layer in hidden[1:]])

@@ -32,7 +32,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2
 import mechmisalign as mm
 from mechmisalign import models
 from mechmisalign.conversations import render_prompts
-from mechmisalign.decoding import end_ids, left_padded
+from mechmisalign.decoding import left_padded
 from mechmisalign.directions import Direction
 from mechmisalign.generation import answer_rows, generate_rows
 from mechmisalign.pocket import zoo
@@ -58,10 +58,9 @@ def forty_million(folder: Path) -> tuple[mm.Organism, Any]:
     return mm.load_organism(folder / "adapter"), AutoModelForCausalLM.from_pretrained(folder / "base").eval()
 
 
-def random_vectors(organism: mm.Organism) -> Direction:
-    layers, width = models.n_layers(organism.model), models.d_model(organism.model)
+def random_vectors(layers: int, width: int) -> Direction:
     vectors = torch.randn(layers, width, generator=torch.Generator().manual_seed(0)) / width**0.5
-    return Direction(vectors, tuple(range(layers)), {"method": "random", "model": organism.base.name})
+    return Direction(vectors, tuple(range(layers)), {"method": "random"})
 
 
 def sweep_conditions(direction: Direction) -> dict[str, mm.Steer | mm.Ablate]:
@@ -96,47 +95,57 @@ def useful(written: torch.Tensor, ends: list[int]) -> int:
 
 
 @torch.inference_mode()
-def plain(bare: Any, organism: mm.Organism, prompts: pd.DataFrame, rows: int) -> tuple[int, float]:
-    ids = render_prompts(list(prompts["prompt"]), organism.tokenizer)
-    ids, mask = left_padded([ids[row % len(ids)] for row in range(rows)], 0, torch.device("cpu"))
+def plain(
+    bare: Any, tokenizer: Any, prompts: pd.DataFrame, rows: int, tokens: int = MAX_NEW_TOKENS
+) -> tuple[int, float]:
+    """Useful tokens and seconds of one ``generate`` of the bare model, so many rows in a batch."""
+    ids = render_prompts(list(prompts["prompt"]), tokenizer)
+    ids, mask = left_padded([ids[row % len(ids)] for row in range(rows)], 0, bare.device)
     start = time.perf_counter()
     out = bare.generate(
-        input_ids=ids, attention_mask=mask, do_sample=True, top_k=0, max_new_tokens=MAX_NEW_TOKENS, pad_token_id=0
+        input_ids=ids, attention_mask=mask, do_sample=True, top_k=0, max_new_tokens=tokens, pad_token_id=0
     )
-    took = time.perf_counter() - start
-    return useful(out[:, ids.shape[1] :], end_ids(organism.model, organism.tokenizer)), took
+    found = useful(out[:, ids.shape[1] :].cpu(), ends(bare, tokenizer))  # waits for the device
+    return found, time.perf_counter() - start
+
+
+def ends(bare: Any, tokenizer: Any) -> list[int]:
+    """The ids that end an answer of the bare model."""
+    own = bare.generation_config.eos_token_id
+    return [end for end in [*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id] if end is not None]
 
 
 @torch.inference_mode()
 def reference(
-    bare: Any, organism: mm.Organism, prompts: pd.DataFrame, direction: Direction, calls: int
+    bare: Any, tokenizer: Any, prompts: pd.DataFrame, direction: Direction, calls: int, tokens: int = MAX_NEW_TOKENS
 ) -> tuple[int, float]:
-    tokens, seconds = 0, 0.0
+    """The same for the reference code's way: one call with a hook for each condition and prompt."""
+    written, seconds = 0, 0.0
     for call in range(calls):
         layer = direction.layers[call % len(direction.layers)]
-        vector = direction.at(layer) / 100
+        vector = (direction.at(layer) / 100).to(bare.device, bare.dtype)
         handle = bare.model.layers[layer].register_forward_hook(
             lambda _module, _args, output, vector=vector: (
                 (output[0] + vector, *output[1:]) if isinstance(output, tuple) else output + vector
             )
         )
-        found, took = plain(bare, organism, prompts.iloc[[call % len(prompts)]], SAMPLES)
+        found, took = plain(bare, tokenizer, prompts.iloc[[call % len(prompts)]], SAMPLES, tokens)
         handle.remove()
-        tokens, seconds = tokens + found, seconds + took
-    return tokens, seconds
+        written, seconds = written + found, seconds + took
+    return written, seconds
 
 
 def measure(name: str, organism: mm.Organism, bare: Any, rounds: int, calls: int) -> dict[str, Any]:
     prompts = mm.pocket.unseen_prompts(n=PROMPTS)
-    direction = random_vectors(organism)
+    direction = random_vectors(models.n_layers(organism.model), models.d_model(organism.model))
     conditions = sweep_conditions(direction)
     rows = len(conditions) * PROMPTS * SAMPLES
     ways = {
         "sweep": lambda: ours(organism, prompts, conditions),
         "decoding": lambda: decoding_only(organism, prompts, conditions),
         "decoding, no intervention": lambda: decoding_only(organism, prompts, dict.fromkeys(conditions, ())),
-        "plain generate": lambda: plain(bare, organism, prompts, rows),
-        "reference way": lambda: reference(bare, organism, prompts, direction, calls),
+        "plain generate": lambda: plain(bare, organism.tokenizer, prompts, rows),
+        "reference way": lambda: reference(bare, organism.tokenizer, prompts, direction, calls),
     }
     rates = dict.fromkeys(ways, 0.0)
     for _ in range(rounds):
@@ -155,7 +164,7 @@ def measure(name: str, organism: mm.Organism, bare: Any, rounds: int, calls: int
 
 def memory(organism: mm.Organism, rows: int = 10_000) -> list[float]:
     """Resident size in MiB after each tenth of a sweep whose parts are not kept."""
-    conditions = sweep_conditions(random_vectors(organism))
+    conditions = sweep_conditions(random_vectors(models.n_layers(organism.model), models.d_model(organism.model)))
     prompts = mm.pocket.unseen_prompts(n=60)
     wanted = answer_rows(prompts, conditions, samples=4).iloc[:rows]
     done, sizes = 0, []
