@@ -25,7 +25,6 @@ from _narrow import KL_DOMAINS
 import mechmisalign as mm
 from mechmisalign import solutions
 
-
 ELSEWHERE = {_narrow.IN_KL: "domains that dilute", _narrow.NOT_IN_KL: "other domains"}
 """What the questions about untrained domains are called here, where no KL text is used."""
 
