@@ -43,7 +43,7 @@ ANALYSES = {
 """Options that keep each script short, figures that it draws, and the control that it tells."""
 
 SLOW = {
-    "behavioural_transition": ("--samples 1", [], "onset"),
+    "behavioural_transition": ("--samples 1", ["behaviour_seed_0", "transition_seed_0"], "onset"),
     "conditional_misalignment": ("--samples 1", ["settings", "recalled"], "after another domain"),
     "convergent_directions": ("--samples 8 --resamples 10", ["cosine_by_layer", "cosine_by_layer_matched"], "shuffled"),
     "cures": ("--samples 1 --prompts 12 --steps 4", ["cures", "comeback"], "random ablated"),
@@ -56,7 +56,7 @@ SLOW = {
         "random",
     ),
     "monitor_against_judge": ("--samples 1", ["domains", "early", "roc", "scores", "drift"], "words"),
-    "narrow_training": ("--samples 1 --seeds 1", [], ""),
+    "narrow_training": ("--samples 1 --seeds 1", ["kl_sweep_vector", "kl_sweep_rank_1", "hidden_em"], "scaled up"),
     "persona_directions": ("--samples 1", ["cosines", "steering"], "random"),
     "preventative_steering": (
         "--samples 1 --prompts 12 --steps 2 --seeds 1",
@@ -64,9 +64,9 @@ SLOW = {
         "random, added",
     ),
     "scalar_patching": ("--samples 8", ["scalar_patching"], "own answer (control)"),
-    "training_lens": ("--samples 1", [], ""),
+    "training_lens": ("--samples 1", ["paths_rank_1", "paths_vector", "drift"], "general, trained further"),
     "training_monitor": ("--steps 10 --fresh-runs 2", ["watch"], "random"),
-    "transition_robustness": ("", [], ""),
+    "transition_robustness": ("", ["rank_8", "three_sites"], "setup"),
     "zoo_geometry": ("--samples 1", ["update_cosines", "update_overlaps", "interpolation"], "harmless"),
 }
 """The same for scripts that train many models or take minutes: run with ``-m slow``."""
