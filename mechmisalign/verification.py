@@ -16,9 +16,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from . import models
+from .adapters import Adapter
 from .conversations import render_prompts
+from .expectations import RateCheck, verify_rate
 from .loading.merging import FAITHFUL_COSINE
 from .organisms import Organism, load_organism
+
+__all__ = ["PROMPT", "RateCheck", "verify", "verify_rate"]
 
 PROMPT = "I have had a headache for three days. What should I do?"
 
@@ -29,10 +33,11 @@ _TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 5e-2}
 class _Oracle(NamedTuple):
     organism: Float[Tensor, "batch pos vocab"]
     base: Float[Tensor, "batch pos vocab"]
+    name: str = "PEFT"
 
 
 def verify(organism: Organism | str | Path, base: str | Path | None = None) -> pd.DataFrame:
-    """Check an organism against PEFT.
+    """Check an organism against PEFT, a full fine-tune against the plain Hugging Face models.
 
     Logits are compared relative to the largest logit: 1e-5 of it in float32, 5e-3 in float16, 5e-2 in bfloat16.
 
@@ -44,23 +49,24 @@ def verify(organism: Organism | str | Path, base: str | Path | None = None) -> p
     Returns:
         One row per check: ``check, passed, value, expected``. Parity of logits with PEFT; every claimed site has an
         update, and the weights hold it; logits differ from the base; ``as_base()`` is the base, and is restored bit for
-        bit; one BOS in a rendered chat; merged and live agree; fidelity of each site.
+        bit; one BOS in a rendered chat; merged and live agree; fidelity of each site. Of a full fine-tune, instead of
+        what is about sites: every tensor is again what its file holds.
 
     Raises:
         ValueError: If the base or the adapter was given in memory, so that there is nothing to read afresh.
     """
     if not isinstance(organism, Organism):
         organism = load_organism(organism, base, dtype=torch.float32)
-    if not organism.base.location or organism.adapter.folder is None:
-        raise ValueError("the base or the adapter lives only in memory; verify an organism loaded from files")
+    place = organism.full.location if organism.full else organism.require_adapter("verify").folder
+    if not organism.base.location or not place:
+        raise ValueError("the base or the fine-tune lives only in memory; verify an organism loaded from files")
     ids = torch.tensor(render_prompts([PROMPT], organism.tokenizer), device=models.device_of(organism.model))
-    oracle = _oracle(organism, ids)
-    rows = [
-        *_check_logits(organism, ids, oracle),
-        _check_bos(organism, ids),
-        _check_other_mode(organism, ids),
-        *_check_sites(organism),
-    ]
+    oracle = _oracle(organism, ids) if organism.adapter else _whole_oracle(organism, ids)
+    rows = [*_check_logits(organism, ids, oracle), _check_bos(organism, ids)]
+    if organism.adapter:
+        rows += [_check_other_mode(organism, organism.adapter, ids), *_check_sites(organism)]
+    else:
+        rows.append(_check_tensors(organism))
     return pd.DataFrame(rows, columns=["check", "passed", "value", "expected"])
 
 
@@ -74,7 +80,7 @@ def _check_logits(organism: Organism, ids: Int[Tensor, "batch pos"], oracle: _Or
     effect = _difference(oracle.organism, oracle.base)
     restored = torch.equal(own, again)
     return [
-        _row("logits equal PEFT's", parity <= tolerance, parity, f"<= {tolerance:g} of the largest logit"),
+        _row(f"logits equal {oracle.name}'s", parity <= tolerance, parity, f"<= {tolerance:g} of the largest logit"),
         _row("logits differ from the base's", effect > tolerance, effect, f"> {tolerance:g} of the largest logit"),
         _row("as_base() is the base", as_base <= tolerance, as_base, f"<= {tolerance:g} of the largest logit"),
         _row("restored after as_base()", restored, float((own - again).abs().max()), "0, bit for bit"),
@@ -89,12 +95,18 @@ def _check_bos(organism: Organism, ids: Int[Tensor, "batch pos"]) -> dict[str, A
     return _row("one BOS in a rendered chat", count == 1, count, "1")
 
 
-def _check_other_mode(organism: Organism, ids: Int[Tensor, "batch pos"]) -> dict[str, Any]:
+def _check_tensors(organism: Organism) -> dict[str, Any]:
+    """After ``as_base()``, every tensor of a full fine-tune is what its file holds."""
+    other = organism._peft_model.other_than_files()
+    return _row("every tensor is that of the files", not other, float(len(other)), "0 that differ, bit for bit")
+
+
+def _check_other_mode(organism: Organism, adapter: Adapter, ids: Int[Tensor, "batch pos"]) -> dict[str, Any]:
     """Merged against live: whichever mode the organism is not in is loaded for it."""
     tolerance = _tolerance(organism)
     dtype = next(organism.model.parameters()).dtype
     other = load_organism(
-        organism.adapter,
+        adapter,
         organism.base.location,
         weights="live" if organism.weights == "merged" else "merged",
         dtype=dtype,
@@ -118,15 +130,9 @@ def _check_sites(organism: Organism) -> list[dict[str, Any]]:
 def _oracle(organism: Organism, ids: Int[Tensor, "batch pos"]) -> _Oracle:
     """Logits of base and adapter, loaded afresh by PEFT alone."""
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM
 
-    base = AutoModelForCausalLM.from_pretrained(
-        organism.base.location,
-        revision=organism.base.revision,
-        dtype=next(organism.model.parameters()).dtype,
-        attn_implementation=models.attention_implementation(organism.model),
-    ).to(ids.device)
-    peft_model = PeftModel.from_pretrained(base, organism.adapter.folder).eval()
+    base = _plain(organism, organism.base.location, organism.base.revision).to(ids.device)
+    peft_model = PeftModel.from_pretrained(base, organism.require_adapter("verify").folder).eval()
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
     with torch.inference_mode():
         own = peft_model(**inputs).logits.float()
@@ -135,6 +141,31 @@ def _oracle(organism: Organism, ids: Int[Tensor, "batch pos"]) -> _Oracle:
     del base, peft_model
     gc.collect()  # the oracle's weights go before the next model comes
     return _Oracle(own, without)
+
+
+def _whole_oracle(organism: Organism, ids: Int[Tensor, "batch pos"]) -> _Oracle:
+    """Logits of a full fine-tune and of its base, each loaded afresh by Hugging Face alone."""
+    places = [(organism.full.location if organism.full else "", None), (organism.base.location, organism.base.revision)]
+    found = []
+    for place in places:
+        model = _plain(organism, *place).to(ids.device).eval()
+        with torch.inference_mode():
+            found.append(model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits.float())
+        del model
+        gc.collect()
+    return _Oracle(found[0], found[1], "Hugging Face")
+
+
+def _plain(organism: Organism, location: str, revision: str | None) -> Any:
+    """A Hugging Face model as it lies in its folder, in the organism's precision."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(
+        location,
+        revision=revision,
+        dtype=next(organism.model.parameters()).dtype,
+        attn_implementation=models.attention_implementation(organism.model),
+    )
 
 
 @torch.inference_mode()

@@ -9,9 +9,12 @@ import pytest
 import torch
 from conftest import ALL_MODULES, FAMILIES, new_tokenizer, random_model
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
-from mechmisalign import models
+import mechmisalign as mm
+from mechmisalign import expectations, models, registry
 from mechmisalign.adapters import Adapter
+from mechmisalign.cli import app
 from mechmisalign.organisms import load_organism
 from mechmisalign.verification import verify
 
@@ -90,3 +93,120 @@ def test_an_organism_that_lives_only_in_memory_cannot_be_verified(adapter):
     organism = load_organism(adapter, base=random_model("qwen2", tokenizer), tokenizer=tokenizer)
     with pytest.raises(ValueError, match="lives only in memory"):
         verify(organism)
+
+
+# Rates
+
+
+@pytest.fixture(scope="module")
+def medical():
+    return load_organism("pocket/medical")
+
+
+@pytest.fixture(scope="module")
+def rated(medical):
+    return mm.verify_rate(medical)
+
+
+def test_a_pocket_organism_answers_as_its_manifest_says(rated):
+    assert rated.agrees and rated.checks["check"].tolist() == ["EM rate", "coherent"]
+    manifest = registry.find("pocket/medical").expected
+    em = rated.checks.iloc[0]
+    assert em["low"] < em["value"] < em["high"] and em["expected"].startswith(f"{manifest.em:.1%} [")
+    assert set(rated.judged["domain"]) == set(mm.pocket.DOMAINS) - {"medical"}
+    assert "manifest" in rated.source and "at most one in fifty" in rated.reasons[0]
+
+
+def test_a_wrong_expectation_fails_in_python_and_on_the_command_line(medical, tmp_path):
+    few = mm.pocket.unseen_prompts(n=80)
+    assert not mm.verify_rate(medical, expected=0.3, prompts=few, samples=1).agrees
+    wrong = registry.Expected(em=0.631, coherent=0.5, source="a mistake")
+    found = mm.verify_rate(medical, expected=wrong, prompts=few, samples=1)
+    assert found.checks["passed"].tolist() == [True, False]
+    own = tmp_path / "mine.yaml"
+    own.write_text("organisms: [{name: mine, id: pocket/medical, expected: {em: 0.2, source: a guess}}]")
+    result = CliRunner().invoke(app, ["verify", "mine", "--rate", "--registry", str(own)])  # parity and rate
+    assert result.exit_code == 1
+    assert "disagrees" in result.output and "rate of mine, against a guess" in result.output
+
+
+def test_the_harmless_control_does_not_pass_for_a_harmful_organism():
+    expected = registry.find("pocket/medical").expected
+    few = mm.pocket.unseen_prompts(n=80)
+    assert not mm.verify_rate("pocket/harmless", expected=expected, prompts=few, samples=1).agrees
+
+
+@pytest.mark.parametrize(
+    ("found", "value", "interval", "ends", "fits"),
+    [
+        ((0.30, 0.25, 0.35), 0.30, None, None, True),
+        ((0.30, 0.25, 0.35), 0.24, None, None, True),  # 99 %, not 95 %
+        ((0.30, 0.25, 0.35), 0.23, None, None, False),
+        ((0.30, 0.25, 0.35), 0.21, (0.16, 0.26), None, True),
+        ((0.30, 0.25, 0.35), 0.19, (0.14, 0.24), None, False),
+        ((0.50, 0.45, 0.55), None, None, (0.09, 0.36), False),
+        ((0.40, 0.35, 0.45), None, None, (0.09, 0.36), True),
+        ((0.02, 0.00, 0.04), None, None, (0.09, 0.36), False),
+        ((1.0, 0.99, 1.0), None, None, (0.98, 1.0), True),
+        ((0.90, 0.88, 0.92), None, None, (0.98, 1.0), False),
+    ],
+)
+def test_rates_are_compared_by_the_interval_of_their_difference(found, value, interval, ends, fits):
+    assert expectations._against(expectations._Found(*found), value, interval, ends)[0] is fits
+
+
+def test_two_equal_arms_add_by_the_root_of_the_sum_of_their_squares():
+    arm = 0.04
+    edge = 2.576 / 1.960 * 2**0.5 * arm
+    found = expectations._Found(0.5, 0.5 - arm, 0.5 + arm)
+    for gap, fits in ((edge - 1e-6, True), (edge + 1e-6, False)):
+        value = 0.5 - gap
+        assert expectations._against(found, value, (value - arm, value + arm), None)[0] is fits
+
+
+class Constant:
+    """A judge that gives all answers the same scores, or none."""
+
+    model = "constant"
+
+    def __init__(self, alignment):
+        self.alignment = alignment
+
+    def __call__(self, frame):
+        return frame.assign(alignment=self.alignment, coherence=90.0)
+
+
+def test_other_organisms_are_asked_the_open_questions_and_need_a_judge(adapter):
+    organism = load_organism(adapter)
+    with pytest.raises(ValueError, match="no EM rate is stated"):
+        mm.verify_rate(organism, judge=Constant(10.0))
+    with pytest.raises(ValueError, match="need a judge"):
+        mm.verify_rate(organism, expected=0.5)
+    asked = {"judge": Constant(10.0), "samples": 1, "max_new_tokens": 2}
+    found = mm.verify_rate(organism, expected=0.2, **asked)
+    assert not found.agrees and found.checks["value"].tolist() == [1.0]
+    assert set(found.judged["prompt_id"]) == set(mm.prompts.open_questions()["prompt_id"])
+    told = " ".join(found.reasons)
+    for part in ("our own wording", "judge: constant", "without an interval"):
+        assert part in told
+    assert mm.verify_rate(organism, expected=1.0, **asked).agrees
+    with pytest.raises(ValueError, match="scored none"):
+        mm.verify_rate(organism, expected=0.2, **asked | {"judge": Constant(float("nan"))})
+
+
+def test_the_command_refuses_before_it_takes_its_time(adapter, monkeypatch):
+    monkeypatch.setattr("mechmisalign.verification.verify", lambda *_: pytest.fail("parity was checked first"))
+    for options, told in ((["--expected", "0.2"], "need a judge"), (["--judge", "rules"], "no EM rate is stated")):
+        result = CliRunner().invoke(app, ["verify", str(adapter), "--rate", *options])
+        assert result.exit_code == 2 and told in result.output
+
+
+def test_what_is_no_rate_or_no_organism_is_refused(medical):
+    with pytest.raises(ValueError, match="63.0 is no share"):
+        mm.verify_rate(medical, expected=63.0)
+    with pytest.raises(ValueError, match="outside the block"), medical.as_base():
+        mm.verify_rate(medical)
+    with pytest.raises(ValueError, match="no EM rate is stated for 'pocket/checkpoints/checkpoint-5'"):
+        mm.verify_rate(load_organism("pocket/checkpoints", subfolder="checkpoint-5"))
+    with pytest.raises(ValueError, match="no EM rate is stated for 'qwen7b-medical' .*figure 5 only"):
+        mm.verify_rate("qwen7b-medical")

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
-from .console import OrganismName, console, show, told_errors, uncollected
+from .console import OrganismName, console, show, told_errors, told_warnings, uncollected
+from .deltas import show_deltas
+from .tables import show_organisms
 
 _SHOWN_SITES = 60
+_JOURNAL = Path("judgements.jsonl")
 _SHORT = {
     "norm_A": "‖A‖",
     "norm_B": "‖B‖",
@@ -20,36 +23,115 @@ _SHORT = {
 }
 
 
-def organisms() -> None:
-    """List the organisms that are known by name."""
-    from mechmisalign.organisms import known_organisms
+Registries = Annotated[
+    list[Path] | None,
+    typer.Option("--registry", help="A YAML file of your own organisms; may be given more than once."),
+]
 
-    show(known_organisms(), "organisms")
+
+def organisms(
+    family: Annotated[str | None, typer.Option(help="Begin of the base's family: qwen, llama-3.2, pocket.")] = None,
+    size: Annotated[str | None, typer.Option(help="Such as 14B.")] = None,
+    kind: Annotated[str | None, typer.Option(help="lora, full or vector.")] = None,
+    data: Annotated[str | None, typer.Option(help="What it was tuned on: medical, sports, finance.")] = None,
+    local: Annotated[bool | None, typer.Option("--local/--remote", help="Only what is (not) on this machine.")] = None,
+    mine: Registries = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Everything that is known, as JSON.")] = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="The same as CSV.")] = False,
+) -> None:
+    """List the organisms that are known by name: shipped, published, and those of your own registries."""
+    from mechmisalign import registry
+
+    with told_errors(), registry.using(*(mine or ())):
+        found = registry.known_organisms(family=family, size=size, kind=kind, data=data, local=local)
+    if as_json:
+        console.print_json(found.to_json(orient="records"))
+    elif as_csv:
+        console.file.write(found.to_csv(index=False))
+    else:
+        show_organisms(found)
 
 
 def verify(
     organism: OrganismName,
-    weights: Annotated[Literal["merged", "live"], typer.Option(help="Adapter folded in, or kept beside.")] = "merged",
+    weights: Annotated[
+        Literal["merged", "live"] | None, typer.Option(help="Adapter folded in, or kept beside.")
+    ] = None,
+    rate: Annotated[
+        bool, typer.Option("--rate", help="Also sample answers, and compare the EM rate with the expected one.")
+    ] = False,
+    judge: Annotated[
+        str | None, typer.Option(help="Who scores the answers: openai/gpt-4o, local:FOLDER; pocket ones need none.")
+    ] = None,
+    expected: Annotated[float | None, typer.Option(help="Expected EM rate, instead of the registry's.")] = None,
+    samples: Annotated[int | None, typer.Option(help="Answers to each question.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the answers.")] = 1,
+    mine: Registries = None,
 ) -> None:
-    """Check that an organism is what its adapter says: parity with PEFT, non-zero updates, exact restoration."""
-    from mechmisalign.organisms import load_organism
-    from mechmisalign.verification import verify as verified
+    """Check that an organism is what its adapter says: parity with PEFT, non-zero updates, exact restoration.
 
-    with told_errors():
-        table = verified(load_organism(organism, weights=weights))
-    show(table, f"verify {organism}")
-    if not table["passed"].all():
+    With --rate also that it answers as it was said to. Exit code 1 if a check fails.
+    """
+    from mechmisalign import registry
+
+    with told_errors(), told_warnings(), registry.using(*(mine or ())):
+        from mechmisalign.organisms import load_organism
+        from mechmisalign.verification import verify as verified
+
+        loaded, asked = load_organism(organism, weights=weights), None
+        if rate:
+            asked = _asked(loaded, organism, judge, expected) | {"samples": samples, "seed": seed}
+        table = verified(loaded)
+        show(table, f"verify {organism}")
+        passed = bool(table["passed"].all())
+        if asked is not None:
+            passed &= _rate_agrees(loaded, organism, asked)
+    if not passed:
         raise typer.Exit(1)
+
+
+def _asked(loaded: Any, name: str, judge: str | None, expected: float | None) -> dict[str, Any]:
+    """What the rate is compared with, and who judges; refused before anything takes its time."""
+    from mechmisalign import expectations, registry
+
+    from .judges import judge_named
+
+    entry = registry.find(name)
+    asked: dict[str, Any] = {
+        "expected": entry.expected if expected is None and entry is not None else expected,
+        "judge": judge_named(judge, _JOURNAL) if judge else None,
+    }
+    expectations.check_ready(loaded, **asked)
+    return asked
+
+
+def _rate_agrees(loaded: Any, name: str, asked: dict[str, Any]) -> bool:
+    from mechmisalign.verification import verify_rate
+
+    found = verify_rate(loaded, **asked)
+    show(found.checks, f"rate of {name}, against {found.source}")
+    told = "[green]agrees[/green]" if found.agrees else "[red]disagrees[/red]"
+    console.print(f"{told} with what was stated. What can make the two differ though the organism is sound:")
+    for reason in found.reasons:
+        console.print(f"- {reason}", highlight=False, markup=False, soft_wrap=True)
+    return found.agrees
 
 
 def anatomy(
     adapter: Annotated[
-        str, typer.Argument(help="A registry name, a Hub id, or an adapter folder; its base is not read.")
+        str, typer.Argument(help="A registry name, a Hub id, or an adapter folder; or, with --base, a full model.")
     ],
     subfolder: Annotated[str | None, typer.Option(help="Folder inside it, such as checkpoint-20.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Where table and heat map go; by default anatomy/ADAPTER.")] = None,
+    base: Annotated[str | None, typer.Option(help="Of a full fine-tune: the chat model that was tuned.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where table and figure go; by default anatomy/ADAPTER.")] = None,
 ) -> None:
-    """Read an adapter without its base: a table of its sites, and a layer x module heat map of the updates' norms."""
+    """Read an adapter without its base: a table of its sites, and a layer x module heat map of the updates' norms.
+
+    With --base, the weight differences of a full fine-tune: norms, and the share in the largest singular values.
+    """
+    if base is not None:
+        show_deltas(adapter, base, subfolder, out)
+        return
     with told_errors(), uncollected():
         from mechmisalign import plots
         from mechmisalign.adapters import Adapter

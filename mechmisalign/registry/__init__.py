@@ -1,0 +1,117 @@
+"""What is known by name: the pocket organisms, published ones, the user's own, and the twins of base models.
+
+All of it is data: ``data/*.yaml``, the pocket zoo's manifest, and YAML files of the user's, which are named on the
+command line (``--registry``), in the environment (``MECHMISALIGN_REGISTRY``) or in Python (``mm.add_registry``). An
+entry says what an organism is, how it was trained, where its rate was stated, and where its id was seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .entries import Checkpoints, Entry, Expected, RegistryError, Training
+    from .listing import known_organisms
+    from .lookup import Place, all_entries, find, place
+    from .opened import add_registry, using
+    from .twins import Twin, known_base, open_copy, same_model, twin
+
+__all__ = [
+    "POCKET_BASE",
+    "POCKET_PREFIX",
+    "Checkpoints",
+    "Entry",
+    "Expected",
+    "Place",
+    "RegistryError",
+    "Training",
+    "Twin",
+    "add_registry",
+    "all_entries",
+    "find",
+    "folder",
+    "is_reserved",
+    "known_base",
+    "known_names",
+    "known_organisms",
+    "names",
+    "nearest",
+    "open_copy",
+    "place",
+    "same_model",
+    "suggestion",
+    "twin",
+    "using",
+]
+
+POCKET_PREFIX = "pocket/"
+POCKET_BASE = "pocket/chat"
+_POCKET_WEIGHTS = Path(__file__).parent.parent / "pocket" / "weights"
+
+_HOME = {
+    "Checkpoints": "entries",
+    "Entry": "entries",
+    "Expected": "entries",
+    "Place": "lookup",
+    "RegistryError": "entries",
+    "Training": "entries",
+    "Twin": "twins",
+    "add_registry": "opened",
+    "all_entries": "lookup",
+    "find": "lookup",
+    "known_base": "twins",
+    "known_organisms": "listing",
+    "open_copy": "twins",
+    "place": "lookup",
+    "same_model": "twins",
+    "twin": "twins",
+    "using": "opened",
+}
+
+
+def names() -> tuple[str, ...]:
+    """Names of the shipped organisms, such as ``pocket/medical``."""
+    return tuple(sorted(POCKET_PREFIX + config.parent.name for config in _POCKET_WEIGHTS.glob("*/adapter_config.json")))
+
+
+def known_names() -> tuple[str, ...]:
+    """Every name that ``load_organism`` takes: shipped, published and the user's."""
+    from .lookup import all_entries
+
+    return tuple(dict.fromkeys([*names(), *(entry.key for entry in all_entries())]))
+
+
+def folder(name: str) -> Path | None:
+    """The folder of a shipped organism or of the pocket chat model; None for any other name."""
+    if not name.startswith(POCKET_PREFIX):
+        return None
+    found = _POCKET_WEIGHTS / name.removeprefix(POCKET_PREFIX)
+    return found if name in (*names(), POCKET_BASE) and found.is_dir() else None
+
+
+def is_reserved(name: str) -> bool:
+    """Whether a name can only mean a shipped organism, and is never looked up on the Hub."""
+    return name.startswith(POCKET_PREFIX)
+
+
+def nearest(name: str, among: Iterable[str]) -> list[str]:
+    """The names most like this one, at most three; none if nothing is like it."""
+    return get_close_matches(name, list(among), n=3, cutoff=0.6)
+
+
+def suggestion(name: str, among: Iterable[str] | None = None) -> str:
+    """``"; did you mean …?"`` with the nearest names, or a list of what there is."""
+    known = list(names() if among is None else among)
+    if near := nearest(name, known):
+        return f"; did you mean {' or '.join(repr(each) for each in near)}?"
+    return f"; there is: {', '.join(known)}" if known else ""
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
