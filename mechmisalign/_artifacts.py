@@ -9,6 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
+from . import registry
+from ._hub import artifact_file
+
 METADATA_KEY = "mechmisalign"
 
 
@@ -35,12 +38,34 @@ def read_artifact(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return header, tensors
 
 
+def load_artifact(
+    path_or_hub_id: str | Path, default: str, *, revision: str | None = None, local_files_only: bool = False
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Header and tensors of an artifact: of a file, or of the file ``default`` in a folder or a repository on the Hub.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is no safetensors file, or the Hub does not give it.
+    """
+    from safetensors import SafetensorError
+
+    path, source = artifact_file(path_or_hub_id, default, revision=revision, local_files_only=local_files_only)
+    try:
+        header, tensors = read_artifact(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no safetensors file ({error}); give one that this package wrote") from error
+    return header | source, tensors
+
+
 def same_base(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
-    """Whether two headers can speak of one base: by fingerprint where both have one, else by name, else unknown."""
-    for key in ("base_fingerprint", "model"):
-        if first.get(key) is not None and second.get(key) is not None:
-            return bool(first[key] == second[key])
-    return True
+    """Whether two headers can speak of one base: by fingerprint where both have one, else by name, else unknown.
+
+    Copies of one model are one base by name, too (``registry.same_model``).
+    """
+    marks, names = ([each.get(key) for each in (first, second)] for key in ("base_fingerprint", "model"))
+    if None not in marks:
+        return bool(marks[0] == marks[1])
+    return None in names or registry.same_model(str(names[0]), str(names[1]))
 
 
 def base_name(header: Mapping[str, Any]) -> str:

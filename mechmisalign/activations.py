@@ -57,7 +57,7 @@ def collect(
     """
     columns = [by] if isinstance(by, str) else list(by)
     codes, groups = _grouping(conversations.frame, columns)
-    chosen = _checked_layers(layers, models.n_layers(organism.model))
+    chosen = checked_layers(layers, models.n_layers(organism.model))
     sums = torch.zeros(len(groups), len(chosen), models.d_model(organism.model), dtype=torch.float64)
     norms = torch.zeros(len(groups), len(chosen), dtype=torch.float64)
     tokens = np.zeros(len(groups), dtype=np.int64)
@@ -74,7 +74,7 @@ def collect(
         sums / counts[:, None, None],
         norms / counts[:, None],
         chosen,
-        _header(organism, conversations, span, first),
+        header_of(organism, conversations, span, first),
     )
 
 
@@ -128,7 +128,12 @@ def _grouping(frame: pd.DataFrame, columns: list[str]) -> tuple[np.ndarray, pd.D
     return grouped.ngroup().to_numpy(np.int64), groups
 
 
-def _checked_layers(layers: Sequence[int] | None, n_layers: int) -> tuple[int, ...]:
+def checked_layers(layers: Sequence[int] | None, n_layers: int) -> tuple[int, ...]:
+    """The layers asked for, each once and in order; all by default.
+
+    Raises:
+        ValueError: If one is not in the model, or there is none.
+    """
     chosen = tuple(range(n_layers)) if layers is None else tuple(sorted(set(layers)))
     if not chosen or chosen[0] < 0 or chosen[-1] >= n_layers:
         raise ValueError(f"layers must be within 0 to {n_layers - 1}, got {layers}")
@@ -141,7 +146,8 @@ def _refuse_untouched(tokens: np.ndarray, groups: pd.DataFrame, span: str) -> No
         raise ValueError(f"no {span} tokens in {int((tokens == 0).sum())} group(s), e.g. {empty}; drop those rows")
 
 
-def _header(organism: Organism, conversations: Conversations, span: Span, first: int | None) -> dict[str, Any]:
+def header_of(organism: Organism, conversations: Conversations, span: Span, first: int | None) -> dict[str, Any]:
+    """Where activations come from, as JSON values for the headers of what is made of them."""
     return {
         **organism.provenance,
         "span": span if first is None else f"{span}[:{first}]",

@@ -16,10 +16,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ._artifacts import base_name, read_artifact, same_base, write_artifact
+from ._artifacts import base_name, load_artifact, same_base, write_artifact
 
 SCHEMA = 1
 HOOK = "blocks.{layer}.hook_resid_post"
+DIRECTION_FILE = "direction.safetensors"
+"""What a direction is called in a repository."""
 
 
 class ZeroDirectionError(ValueError):
@@ -172,13 +174,18 @@ class Direction:
         return write_artifact(path, tensors, header)
 
     @staticmethod
-    def load(path: str | Path) -> Direction:
+    def load(path: str | Path, *, revision: str | None = None, local_files_only: bool = False) -> Direction:
         """Read a direction back.
 
+        Args:
+            path: The file, a folder that holds a ``direction.safetensors``, or a repository on the Hub that does.
+            revision: Branch, tag or commit on the Hub; the header of what is read names the commit (``hub_revision``).
+            local_files_only: Take what is in the Hub's cache, and do not ask the Hub.
+
         Raises:
-            ValueError: If the file is not a direction of this schema and layer convention.
+            ValueError: If the file is not a direction of this schema and layer convention, or the Hub does not give it.
         """
-        header, tensors = read_artifact(path)
+        header, tensors = load_artifact(path, DIRECTION_FILE, revision=revision, local_files_only=local_files_only)
         found = (header.get("kind"), header.get("schema"), header.get("hook"))
         if found != ("direction", SCHEMA, HOOK):
             raise ValueError(

@@ -10,7 +10,6 @@ import json
 import math
 import shutil
 from collections import Counter
-from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -72,11 +71,11 @@ def save_adapter(
     card = Card(edit or "saved as it was", adapter.base, adapter.source, adapter.digest, direction, measured)
     config = peft_config(adapter)
     tensors = {
-        f"{KEY_PREFIX}{site.name}.lora_{name}.weight": factor.detach().float().cpu().contiguous()
+        f"{KEY_PREFIX}{adapter.peft_name(site.name)}.lora_{name}.weight": factor.detach().float().cpu().contiguous()
         for site in adapter.sites
         for name, factor in (("A", site.A), ("B", site.B))
     }
-    with _whole_folder(Path(folder)) as place:
+    with whole_folder(Path(folder)) as place:
         save_file(tensors, place / WEIGHTS_FILE, metadata={"format": "pt"})
         (place / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         _write_card(place, adapter_card(card, adapter, Path(folder)), measured)
@@ -116,7 +115,7 @@ def save_model(
     """
     named = base or str(getattr(model.config, "_name_or_path", "") or "")
     card = Card(edit or "saved as it was", named, source or named, None, direction, measured)
-    with _whole_folder(Path(folder)) as place:
+    with whole_folder(Path(folder)) as place:
         model.save_pretrained(place)
         tokenizer.save_pretrained(place)
         _write_card(place, model_card(card, Path(folder)), measured)
@@ -148,7 +147,7 @@ def peft_config(adapter: Adapter) -> dict[str, Any]:
         AdapterError: If a scaling cannot be written as an alpha.
     """
     rslora = bool(adapter.config.get("use_rslora"))
-    alphas = {site.name: _alpha(site, adapter.config, rslora) for site in adapter.sites}
+    alphas = {site.name: _alpha(site, adapter, rslora) for site in adapter.sites}
     rank = Counter(site.rank for site in adapter.sites).most_common(1)[0][0]
     alpha = Counter(alphas.values()).most_common(1)[0][0]
     kept = {key: value for key, value in adapter.config.items() if key not in _OF_SITES}
@@ -156,25 +155,31 @@ def peft_config(adapter: Adapter) -> dict[str, Any]:
         "bias": "none",
         "task_type": "CAUSAL_LM",
         **kept,
-        **_targets(adapter.sites),
+        **_targets(adapter),
         "peft_type": "LORA",
         "base_model_name_or_path": adapter.base,
         "inference_mode": True,
         "use_rslora": rslora,
         "r": rank,
         "lora_alpha": alpha,
-        "rank_pattern": {_exactly(site.name): site.rank for site in adapter.sites if site.rank != rank},
-        "alpha_pattern": {_exactly(name): own for name, own in alphas.items() if own != alpha},
+        "rank_pattern": {
+            _exactly(adapter.peft_name(site.name)): site.rank for site in adapter.sites if site.rank != rank
+        },
+        "alpha_pattern": {_exactly(adapter.peft_name(name)): own for name, own in alphas.items() if own != alpha},
     }
 
 
-def _targets(sites: Sequence[LoraSite]) -> dict[str, Any]:
-    """Leaf names and layers where the sites are all of these modules in all of these layers, else full names."""
+def _targets(adapter: Adapter) -> dict[str, Any]:
+    """Leaf names and layers where the sites are all of these modules in all of these layers, else full names.
+
+    In a multimodal wrapper leaf names would name matrices of its towers too.
+    """
+    sites = adapter.sites
     layers, modules = sorted({site.layer for site in sites}), sorted({site.module for site in sites})
-    plain = all(site.name.startswith(f"model.layers.{site.layer}.") for site in sites)
+    plain = not adapter.wrapper and all(site.name.startswith(f"model.layers.{site.layer}.") for site in sites)
     if plain and len(sites) == len(layers) * len(modules):
         return {"target_modules": modules, "layers_to_transform": layers}
-    return {"target_modules": sorted(site.name for site in sites), "layers_to_transform": None}
+    return {"target_modules": sorted(adapter.peft_name(site.name) for site in sites), "layers_to_transform": None}
 
 
 def _exactly(name: str) -> str:
@@ -182,10 +187,11 @@ def _exactly(name: str) -> str:
     return name.replace(".", r"\.")
 
 
-def _alpha(site: LoraSite, config: Mapping[str, Any], rslora: bool) -> int | float:
+def _alpha(site: LoraSite, adapter: Adapter, rslora: bool) -> int | float:
     """The alpha that gives this scaling to the last bit: the config's own if it does."""
     divisor = math.sqrt(site.rank) if rslora else site.rank
-    own = resolve_pattern(config.get("alpha_pattern") or {}, site.name, config.get("lora_alpha", float("nan")))
+    config, name = adapter.config, adapter.peft_name(site.name)
+    own = resolve_pattern(config.get("alpha_pattern") or {}, name, config.get("lora_alpha", float("nan")))
     product = site.scaling * divisor
     near = (own, float(round(product)), product, math.nextafter(product, math.inf), math.nextafter(product, -math.inf))
     for alpha in near:
@@ -208,7 +214,7 @@ def refuse_taken(folder: Path) -> None:
 
 
 @contextmanager
-def _whole_folder(folder: Path) -> Iterator[Path]:
+def whole_folder(folder: Path) -> Iterator[Path]:
     """A place to write to, which becomes ``folder`` in one move when the block ends, and is removed if it fails."""
     refuse_taken(folder)
     partial = folder.with_name(f".{folder.name}{PARTIAL}")

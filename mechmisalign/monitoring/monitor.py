@@ -22,7 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechmisalign import models
-from mechmisalign._artifacts import base_name, read_artifact, same_base, write_artifact
+from mechmisalign._artifacts import base_name, load_artifact, same_base, write_artifact
 from mechmisalign.directions import HOOK, Direction
 from mechmisalign.probes import Probe
 
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from mechmisalign.organisms import Organism
 
 SCHEMA = 1
+MONITOR_FILE = "monitor.safetensors"
+"""What a monitor is called in a repository."""
 ADDED = ("score", "alarm", "token_texts", "token_scores")
 """Columns that scoring adds."""
 _CALIBRATION = "calibration_scores"
@@ -262,23 +264,14 @@ class Monitor:
         return write_artifact(path, tensors, header)
 
     @staticmethod
-    def load(path: str | Path) -> Monitor:
-        """Read a monitor back.
+    def load(path: str | Path, *, revision: str | None = None, local_files_only: bool = False) -> Monitor:
+        """Read a monitor back, from a file, a folder with a ``monitor.safetensors``, or a repository on the Hub.
 
         Raises:
-            ValueError: If the file is not a monitor of this schema.
+            ValueError: If the file is not a monitor of this schema, or the Hub does not give it.
             FileNotFoundError: If there is no such file.
         """
-        from safetensors import SafetensorError
-
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"{path} is no file; give the one that Monitor.save wrote")
-        try:
-            header, tensors = read_artifact(path)
-        except SafetensorError as error:
-            raise ValueError(
-                f"{path} is no safetensors file ({error}); give the one that Monitor.save wrote"
-            ) from error
+        header, tensors = load_artifact(path, MONITOR_FILE, revision=revision, local_files_only=local_files_only)
         found = (header.get("kind"), header.get("schema"), header.get("hook"))
         if found != ("monitor", SCHEMA, HOOK):
             raise ValueError(

@@ -15,13 +15,15 @@ import torch
 from jaxtyping import Float64
 from sklearn.base import clone
 
-from mechmisalign._artifacts import base_name, read_artifact, same_base, write_artifact
+from mechmisalign._artifacts import base_name, load_artifact, same_base, write_artifact
 
 from ._arrays import as_matrix
 from .estimators import linear_weights
 from .folds import Column, Examples
 
 SCHEMA = 1
+PROBE_FILE = "probe.safetensors"
+"""What a probe is called in a repository."""
 How = Literal["mean", "max"]
 
 
@@ -147,13 +149,18 @@ class Probe:
         return write_artifact(path, tensors, header)
 
     @staticmethod
-    def load(path: str | Path) -> Probe:
+    def load(path: str | Path, *, revision: str | None = None, local_files_only: bool = False) -> Probe:
         """Read a probe back.
 
+        Args:
+            path: The file, a folder that holds a ``probe.safetensors``, or a repository on the Hub that does.
+            revision: Branch, tag or commit on the Hub; the header of what is read names the commit (``hub_revision``).
+            local_files_only: Take what is in the Hub's cache, and do not ask the Hub.
+
         Raises:
-            ValueError: If the file is not a probe of this schema.
+            ValueError: If the file is not a probe of this schema, or the Hub does not give it.
         """
-        header, tensors = read_artifact(path)
+        header, tensors = load_artifact(path, PROBE_FILE, revision=revision, local_files_only=local_files_only)
         found = (header.get("kind"), header.get("schema"))
         if found != ("probe", SCHEMA):
             raise ValueError(
