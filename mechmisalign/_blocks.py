@@ -11,8 +11,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ._wrapped_names import in_tower
+
 BlockFunction = Callable[[Tensor], Tensor | None]
 _STACKS = ("layers", "h", "blocks", "layer")
+_POST_NORMS = ("post_feedforward_layernorm", "post_self_attn_layernorm", "post_mlp_layernorm")
+"""Norms of what a block's halves have computed: Gemma 2 and 3, OLMo 2, GLM 4."""
 
 
 def blocks(model: nn.Module) -> nn.ModuleList:
@@ -25,9 +29,16 @@ def blocks(model: nn.Module) -> nn.ModuleList:
     config = getattr(config, "text_config", config)
     depth = getattr(config, "num_hidden_layers", None)
     for name, module in model.named_modules():
+        if in_tower(f"{name}."):  # a vision tower may be as deep
+            continue
         if isinstance(module, nn.ModuleList) and len(module) == depth and name.rpartition(".")[2] in _STACKS:
             return module
     raise ValueError(f"{type(model).__name__} has no list of {depth} blocks; a decoder with a plain stack is expected")
+
+
+def has_post_norms(model: nn.Module) -> bool:
+    """Whether a norm stands between the matrices' outputs and the residual stream."""
+    return any(name.rpartition(".")[2] in _POST_NORMS for name, _ in model.named_modules())
 
 
 @contextmanager

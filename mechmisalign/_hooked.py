@@ -58,7 +58,7 @@ def boot(model: Any, tokenizer: Any, name: str, folder: Path) -> Any:
     config.save_pretrained(folder)
     try:
         settings = loading.get_pretrained_model_config(str(folder), device=first.device, dtype=first.dtype)
-    except NotImplementedError as error:
+    except (NotImplementedError, AttributeError) as error:  # the latter of configs that have changed since
         raise ValueError(
             f"transformer-lens has no HookedTransformer for {type(model).__name__} ({error}); use engine='bridge'"
         ) from error
@@ -76,7 +76,7 @@ def boot(model: Any, tokenizer: Any, name: str, folder: Path) -> Any:
 
 def parameter(model: Any, layer: int, module: str) -> tuple[nn.Parameter, str]:
     """Where a matrix lives, and its layout."""
-    path, layout = _LAYOUTS[module]
+    path, layout = _LAYOUTS[_known(module)]
     grouped = path in _GROUPED and model.cfg.n_key_value_heads is not None
     path = path.replace("W_", "_W_") if grouped else path
     return model.get_parameter(f"blocks.{layer}.{path}"), layout
@@ -84,10 +84,23 @@ def parameter(model: Any, layer: int, module: str) -> tuple[nn.Parameter, str]:
 
 def site_points(model: Any, layer: int, module: str) -> tuple[str, Tensor | None, str]:
     """Hook points before and behind a matrix; between them, the weight of the norm that ``hook_normalized`` lacks."""
-    before, after = _POINTS[module]
+    before, after = _POINTS[_known(module)]
     block = f"blocks.{layer}."
     weight = model.get_parameter(f"{block}{before.partition('.')[0]}.w") if before.startswith("ln") else None
     return block + before, weight, block + after
+
+
+def has_post_norms(model: Any) -> bool:
+    """Whether a norm stands between the matrices' outputs and the residual stream."""
+    return any(f"blocks.0.{norm}.hook_normalized" in model.hook_dict for norm in ("ln1_post", "ln2_post"))
+
+
+def _known(module: str) -> str:
+    if module not in _LAYOUTS:
+        raise ValueError(
+            f"a HookedTransformer has no matrix {module!r} as such (it knows {sorted(_LAYOUTS)}); use engine='bridge'"
+        )
+    return module
 
 
 def as_linear(data: Tensor, layout: str) -> Float[Tensor, "d_out d_in"]:

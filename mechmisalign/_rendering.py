@@ -19,6 +19,9 @@ _HISTORY = (
 )
 
 
+_END_OF_THOUGHT = "</think>"
+
+
 class TemplateError(ValueError):
     """The chat template cannot render these turns, or renders them so that they cannot be found again."""
 
@@ -118,14 +121,16 @@ def render(
     """
     text = apply_template(tokenizer, turns)
     roles = tuple(turn["role"] for turn in turns)
-    if roles not in pieces:  # found once, with contents that nobody writes
-        pieces[roles] = _fixed_pieces(tokenizer, roles)
-    fixed = pieces[roles]
+    thought = _END_OF_THOUGHT in turns[-1]["content"]  # templates write another header then (Qwen3)
+    shape = (*roles, _END_OF_THOUGHT) if thought else roles
+    if shape not in pieces:  # found once, with contents that nobody writes
+        pieces[shape] = _fixed_pieces(tokenizer, roles, thought)
+    fixed = pieces[shape]
     names = [*map(str, range(len(turns) - 2)), "prompt", "response"]
     ranges, cursor = {}, 0
     for name, turn, before, after in zip(names, turns, fixed, fixed[1:], strict=False):
         cursor += len(before)
-        content = _as_rendered(turn["content"], text, cursor, after)
+        content = _as_rendered(turn["content"], text, cursor, after, earlier=turn is not turns[-1])
         ranges[name] = range(cursor, cursor + len(content))
         cursor += len(content)
     return text, ranges
@@ -136,8 +141,10 @@ def is_missing(value: Any) -> bool:
     return value is None or value is pd.NA or (isinstance(value, float) and math.isnan(value))
 
 
-def _fixed_pieces(tokenizer: Any, roles: tuple[str, ...]) -> list[str]:
+def _fixed_pieces(tokenizer: Any, roles: tuple[str, ...], thought: bool) -> list[str]:
     sentinels = [f"\ue000{number} {role}\ue000" for number, role in enumerate(roles)]
+    if thought:
+        sentinels[-1] = f"<think>\n{sentinels[-1]}\n{_END_OF_THOUGHT}\n\n{sentinels[-1]}"
     turns = [{"role": role, "content": sentinel} for role, sentinel in zip(roles, sentinels, strict=True)]
     text = apply_template(tokenizer, turns)
     pieces = []
@@ -149,13 +156,16 @@ def _fixed_pieces(tokenizer: Any, roles: tuple[str, ...]) -> list[str]:
     return [*pieces, text]
 
 
-def _as_rendered(content: str, text: str, start: int, after: str) -> str:
-    for candidate in (content, content.strip(), content.rstrip(), content.lstrip()):
+def _as_rendered(content: str, text: str, start: int, after: str, *, earlier: bool) -> str:
+    kept = [content]
+    if earlier and _END_OF_THOUGHT in content:  # what was thought in an earlier turn is not read again
+        kept.append(content.rpartition(_END_OF_THOUGHT)[2].lstrip("\n"))
+    for candidate in [form for each in kept for form in (each, each.strip(), each.rstrip(), each.lstrip())]:
         if text.startswith(candidate + after, start):
             return candidate
     raise TemplateError(
         f"the chat template rewrote a turn ({content[:60]!r} became {text[start : start + 60]!r}); "
-        "only trimming is understood"
+        "only trimming is understood, and a thought as <think>, its lines, </think>, an empty line"
     )
 
 

@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float
 from scipy import stats
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from . import models
 from .activations import in_memory
@@ -82,7 +83,7 @@ def site_effects(
         none; paired by prompt); ``rate, rate_low, rate_high, coherent, n``: the EM rate in that condition itself. The
         rows of kind "all" and "none" have the effect against none.
     """
-    everyone = players(organism.adapter, by)
+    everyone = players(organism.require_adapter("leaving sites out"), by)
     judged = _answers(organism, prompts, judge_with, effect_conditions(everyone), samples, max_new_tokens, seed)
     return effect_table(judged, everyone)
 
@@ -140,7 +141,7 @@ def shapley(
     Returns:
         ``site, value, low, high`` (share of answers), and ``kind`` "Shapley".
     """
-    everyone = players(organism.adapter, by)
+    everyone = players(organism.require_adapter("leaving sites out"), by)
     sampled = sampled_orders(list(everyone), permutations, seed)
     coalitions = {Coalition(order[:size]) for order in sampled for size in range(len(order) + 1)}
     conditions = _conditions(everyone, coalitions)
@@ -216,7 +217,7 @@ def gradient_attribution(
         ValueError: If a class has no answer.
     """
     weights = _class_weights(conversations, column, positive, negative)
-    everyone = players(organism.adapter, by)
+    everyone = players(organism.require_adapter("leaving sites out"), by)
     totals = torch.zeros(len(everyone), dtype=torch.float64)
     for batch in progress(conversations.batches("response", token_budget=token_budget), "gradient attribution"):
         for _, gradient in in_memory(batch, lambda part: _factor_gradient(organism, everyone, part, weights)):
@@ -295,8 +296,10 @@ def _factor_gradient(
     scale = ScaleAdapter({key: factor for factor, keys in zip(factors, everyone.values(), strict=True) for key in keys})
     ids = batch.ids.to(device)
     with torch.enable_grad(), organism.apply(scale):
-        logits = models.forward(organism.model, ids, batch.mask.to(device)).float()
-        logprobs = torch.log_softmax(logits[:, :-1], dim=-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
-        weight = weights[torch.from_numpy(batch.rows.copy())].to(logprobs)[:, None] * batch.span[:, 1:].to(device)
-        (gradient,) = torch.autograd.grad((logprobs * weight).sum(), factors)
+        logits = models.forward(organism.model, ids, batch.mask.to(device))
+        counted = batch.span[:, 1:].to(logits.device)
+        predicting = logits[:, :-1][counted].float()  # the others of a large vocabulary are not worth a float32 copy
+        losses = cross_entropy(predicting, ids[:, 1:].to(logits.device)[counted], reduction="none")
+        weight = weights[torch.from_numpy(batch.rows.copy())].to(losses)[counted.nonzero()[:, 0]]
+        (gradient,) = torch.autograd.grad(-(losses * weight).sum(), factors)
     return gradient.double().cpu()

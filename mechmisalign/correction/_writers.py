@@ -7,16 +7,11 @@ from typing import Any
 
 from torch import nn
 
-from mechmisalign._blocks import blocks
+from mechmisalign._blocks import blocks, has_post_norms
 from mechmisalign.adapters import RESIDUAL_WRITERS
 
-_POST_NORMS = ("post_feedforward_layernorm", "post_self_attn_layernorm", "post_mlp_layernorm")
-"""Norms of what a block's halves have computed: Gemma 2 and 3, OLMo 2, GLM 4."""
-
-
-def has_post_norms(model: nn.Module) -> bool:
-    """Whether a norm stands between the matrices' outputs and the residual stream."""
-    return any(name.rpartition(".")[2] in _POST_NORMS for name, _ in model.named_modules())
+_PAIRS = (("o_proj", "down_proj"), ("dense", "fc2"))
+"""Output of the attention and of the MLP, as most call them, and Phi-2."""
 
 
 def writers(model: Any) -> Iterator[tuple[str, nn.Linear]]:
@@ -43,9 +38,9 @@ def writers(model: Any) -> Iterator[tuple[str, nn.Linear]]:
     ]
     for number, block in enumerate(stack):
         own = {key.rpartition(".")[2] for key, module in block.named_modules() if isinstance(module, nn.Linear)}
-        if not set(RESIDUAL_WRITERS) <= own:
+        if not any(set(pair) <= own for pair in _PAIRS):
             raise ValueError(
-                f"layer {number} of {name} has no linear {sorted(set(RESIDUAL_WRITERS) - own)} (it has {sorted(own)}): "
+                f"layer {number} of {name} has no linear {' and '.join(_PAIRS[0])} (it has {sorted(own)}): "
                 "its residual-writing matrices are called otherwise, and are not known to this edit"
             )
     yield from found
