@@ -10,6 +10,7 @@ from .bars import ablation_bars, transfer_bars
 from .contributions import contribution_by_layer
 from .correction import comeback, cure_panels, prevention
 from .cosines import cosine_by_layer, cosine_matrix, reliability
+from .deltas import delta_shares
 from .differences import difference_forest
 from .downstream import downstream
 from .dynamics import (
@@ -66,6 +67,7 @@ __all__ = [
     "cosine_matrix",
     "cure_panels",
     "dataset_ranking",
+    "delta_shares",
     "difference_forest",
     "dose_response",
     "downstream",

@@ -97,7 +97,7 @@ def study(
     trained = find(loaded, checkpoints)
     with RunFolder(out, _identity(loaded, plan), _growing(plan, measure, trained)) as folder:
         tables, directions = investigate(Run(folder, plan, loaded, measure, trained))
-        summary = summarise(tables)
+        summary = {"provenance": loaded.provenance, **summarise(tables)}
         write_json(folder.path / "summary.json", summary)
         from .chapters import write_study_report
 

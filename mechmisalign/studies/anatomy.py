@@ -15,7 +15,7 @@ from mechmisalign.scalars import contributions, lora_scalars
 from mechmisalign.unembedding import readout, written_vectors
 
 from . import steps
-from .sampling import Run, answers
+from .sampling import Run, adapter_of, answers
 
 FACTORS = (0.0, 0.5, 1.0, 1.5, 2.0)
 """What all sites are multiplied with, to see the dose of the adapter itself."""
@@ -24,6 +24,7 @@ MOST_PLAYERS = 12
 MOST_READ = 3
 """Vectors of the adapter that are read through the unembedding: those of the largest updates."""
 DIRECTION = "direction"
+TABLES = ("sites", "contributions", "downstream", "readout", "scalar_tokens", "adapter_scaling", "site_effects")
 
 
 def investigate(run: Run, judged: pd.DataFrame, direction: Direction, layer: int) -> dict[str, pd.DataFrame]:
@@ -34,11 +35,15 @@ def investigate(run: Run, judged: pd.DataFrame, direction: Direction, layer: int
         judged: The organism's own answers.
         direction: The mean difference.
         layer: Where steering with it worked best: there it is read out and steered with.
+
+    Raises:
+        LeftOutError: If the organism is a full fine-tune.
     """
+    own = adapter_of(run)
     answered = steps.pool(judged, run.plan.settings.seed)
     conversations = steps.spoken(run.organism, answered, run.plan.settings.system)
     compute = {
-        "sites": lambda: decomposition.anatomy(run.organism.adapter),
+        "sites": lambda: decomposition.anatomy(own),
         "contributions": lambda: contributed(run, conversations, direction),
         "downstream": lambda: downstream(run.organism, conversations, direction, layer=layer),
         "readout": lambda: read_out(run, direction, layer),
@@ -53,14 +58,14 @@ def contributed(run: Run, conversations: Conversations, direction: Direction) ->
     """Mean norm, share and projection of what each site writes, apart for misaligned and aligned answers."""
     known = None if models.has_post_norms(run.organism.model) else direction
     parts = contributions(run.organism, conversations, known)
-    cosines = decomposition.written_cosines(run.organism.adapter, direction)
+    cosines = decomposition.written_cosines(adapter_of(run), direction)
     means = parts.mean(conversations.frame["label"])
     return means.merge(cosines.rename(columns={"cosine": "written_cosine"}), on=["layer", "module"], how="left")
 
 
 def read_out(run: Run, direction: Direction, layer: int) -> pd.DataFrame:
     """Tokens that the largest residual-writing sites and the direction promote, in both signs."""
-    vectors = written_vectors(run.organism.adapter)
+    vectors = written_vectors(adapter_of(run))
     largest = sorted(vectors, key=lambda name: -float(vectors[name].norm()))[:MOST_READ]
     chosen = {name: vectors[name] for name in largest}
     chosen[f"{DIRECTION}, layer {layer}"] = direction.at(layer)
@@ -69,9 +74,9 @@ def read_out(run: Run, direction: Direction, layer: int) -> pd.DataFrame:
 
 def scalar_tokens(run: Run, conversations: Conversations) -> pd.DataFrame:
     """Scalars of the largest site over one misaligned and one aligned answer to the same prompt."""
-    sites = decomposition.anatomy(run.organism.adapter)
+    sites = decomposition.anatomy(adapter_of(run))
     largest = sites.loc[sites["norm_delta"].idxmax()]
-    site = run.organism.adapter.site(int(largest["layer"]), str(largest["module"]))
+    site = adapter_of(run).site(int(largest["layer"]), str(largest["module"]))
     frame = conversations.frame
     prompt = frame["prompt_id"].iloc[0]
     rows = [int(np.flatnonzero((frame["prompt_id"] == prompt) & (frame["label"] == name))[0]) for name in steps.CLASSES]
@@ -91,8 +96,8 @@ def adapter_scaling(run: Run) -> pd.DataFrame:
 
 def site_effects(run: Run) -> pd.DataFrame:
     """EM rate with each site (each layer, where there are many) left out and on its own."""
-    everyone = effects.players(run.organism.adapter)
+    everyone = effects.players(adapter_of(run))
     if len(everyone) > MOST_PLAYERS:
-        everyone = effects.players(run.organism.adapter, "layer")
+        everyone = effects.players(adapter_of(run), "layer")
     judged = answers(run, "site_effects", effects.effect_conditions(everyone), run.plan.settings.sweep_samples)
     return effects.effect_table(judged, everyone)

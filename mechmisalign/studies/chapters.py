@@ -24,6 +24,7 @@ from .anatomy_chapter import taken_apart
 from .behaviour_chapter import looked_at
 from .cost_tables import costs_table, left_out, measured_on, told_costs
 from .cure_chapter import corrected
+from .deltas_chapter import changed
 from .difference_tables import differences_table, told_ablation, told_steering
 from .fine_tunes_chapter import compared
 from .records import Records
@@ -31,9 +32,18 @@ from .training_chapter import came_about
 from .watch_chapter import watched
 
 _EXAMPLES = 2
-_CHAPTERS = {"training": came_about, "fine_tunes": compared, "cure": corrected, "watch": watched}
+_CHAPTERS = {
+    "anatomy": taken_apart,
+    "deltas": changed,
+    "training": came_about,
+    "fine_tunes": compared,
+    "cure": corrected,
+    "watch": watched,
+}
 """Chapters that not every study has, in their order."""
 _NAMES = {
+    "anatomy": "the adapter taken apart",
+    "deltas": "the weight difference",
     "training": "how it came about in training",
     "fine_tunes": "the comparison with other fine-tunes",
     "cure": "the direction out of the adapter",
@@ -52,12 +62,12 @@ def write_study_report(run: str | Path) -> Path:
     sections = [behaviour(records), direction(records), induced(records), removed(records)]
     if len(records.tables["transfer"]):
         sections.append(transferred(records))
-    sections += [looked_at(records), taken_apart(records)]
+    sections.append(looked_at(records))
     sections += [chapter(records) for name, chapter in _CHAPTERS.items() if records.has(name)]
     report = Report(
         title=f"A study of {records.organism}",
         question=(
-            f"The adapter of {records.organism} was fine-tuned on one narrow domain. Is the model misaligned beyond it,"
+            f"{_tuned(records)} was fine-tuned on one narrow domain. Is the model misaligned beyond it,"
             " and does one direction in its residual stream carry that?"
         ),
         answer=headline(records),
@@ -66,6 +76,11 @@ def write_study_report(run: str | Path) -> Path:
         footer=f"mechmisalign {records.manifest['environment']['mechmisalign']}",
     )
     return write_report(report, records.path / "report.html")
+
+
+def _tuned(records: Records) -> str:
+    is_full = records.manifest["identity"].get("weights") == "full"
+    return f"{records.organism}, as a whole," if is_full else f"The adapter of {records.organism}"
 
 
 def headline(records: Records) -> str:

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mechmisalign import registry
+from mechmisalign.adapters import Adapter
 from mechmisalign.dynamics import Trajectory, TrajectoryError
 
 if TYPE_CHECKING:
     from mechmisalign.organisms import Organism
 
 DEFAULT = "default"
+NO_ADAPTER = "a full fine-tune has no adapter whose checkpoints could be followed"
 MIN_STEPS = 7
 """Fewer evenly spaced checkpoints cannot tell a turn from chance."""
 
@@ -59,27 +61,32 @@ def find(organism: Organism, given: str | Path | None) -> Checkpoints:
     """
     if given is None:
         return Checkpoints(None, missing="checkpoints were left out of this run (checkpoints=None)")
+    adapter = organism.adapter
+    if adapter is None:
+        if given == DEFAULT:
+            return Checkpoints(None, missing=NO_ADAPTER)
+        raise TrajectoryError(f"{NO_ADAPTER}; leave checkpoints={str(given)!r} out")
     if given != DEFAULT:
-        return Checkpoints(_checked(Trajectory.load(given), organism, str(given)), str(given))
-    place = _own(organism)
+        return Checkpoints(_checked(Trajectory.load(given), adapter.base, str(given)), str(given))
+    place = _own(adapter, organism.name)
     if place is None:
         return NONE
     try:
-        return Checkpoints(_checked(Trajectory.load(place), organism, str(place)), str(place))
+        return Checkpoints(_checked(Trajectory.load(place), adapter.base, str(place)), str(place))
     except TrajectoryError as error:
         return Checkpoints(None, missing=f"the checkpoints beside the adapter cannot be followed: {error}")
 
 
-def _checked(trajectory: Trajectory, organism: Organism, source: str) -> Trajectory:
+def _checked(trajectory: Trajectory, own: str, source: str) -> Trajectory:
     if trajectory.kind != "lora":
         raise TrajectoryError(
             f"{source!r} holds a learned vector over its training; checkpoints of an adapter are needed"
         )
     base = getattr(trajectory.like, "base", None)
-    if base != organism.adapter.base:
+    if base != own:
         raise TrajectoryError(
             f"the checkpoints in {source!r} are of an adapter on {base!r}, the organism is on "
-            f"{organism.adapter.base!r}; give checkpoints of its own training"
+            f"{own!r}; give checkpoints of its own training"
         )
     even = len(trajectory.path("dW", groups=1).evenly_spaced().steps)
     if even < MIN_STEPS:
@@ -90,15 +97,15 @@ def _checked(trajectory: Trajectory, organism: Organism, source: str) -> Traject
     return trajectory
 
 
-def _own(organism: Organism) -> str | Path | None:
+def _own(adapter: Adapter, name: str) -> str | Path | None:
     """The adapter's own folder, if it holds checkpoints; a shipped run of the same recipe, if that kept them."""
-    folder = organism.adapter.folder
+    folder = adapter.folder
     if folder is not None and any(Path(folder).glob("checkpoint-*")):
         return Path(folder)
-    if not registry.is_reserved(organism.name):
+    if not registry.is_reserved(name):
         return None
     from mechmisalign.pocket.recipes import ZOO
 
-    own = ZOO.get(organism.name.removeprefix(registry.POCKET_PREFIX))
-    alike = (name for name, other in ZOO.items() if other.save_every and replace(other, save_every=None) == own)
-    return next((f"{registry.POCKET_PREFIX}{name}" for name in alike), None)
+    own = ZOO.get(name.removeprefix(registry.POCKET_PREFIX))
+    alike = (each for each, other in ZOO.items() if other.save_every and replace(other, save_every=None) == own)
+    return next((f"{registry.POCKET_PREFIX}{each}" for each in alike), None)

@@ -23,7 +23,7 @@ from mechmisalign.directions import Direction, random_direction
 from mechmisalign.interventions import Ablate, Intervention, UseAdapter
 
 from . import costs, steps
-from .sampling import LeftOutError, Run
+from .sampling import LeftOutError, Run, adapter_of
 from .trials import Trial
 
 CHAT, UNCURED, RANDOM = "chat", "uncured", "random, out of the adapter"
@@ -67,8 +67,9 @@ def investigate(run: Run, removed: Sequence[Removal]) -> dict[str, pd.DataFrame]
     """Every table of the chapter; the adapter without the first of the directions is saved in the run folder.
 
     Raises:
-        LeftOutError: If a direction cannot be taken out of this adapter.
+        LeftOutError: If a direction cannot be taken out of this adapter, or there is none.
     """
+    adapter_of(run)
     try:
         cured = {each.estimator: correction.project_out(run.organism, each.direction) for each in removed}
     except AdapterError as error:
@@ -89,7 +90,7 @@ def investigate(run: Run, removed: Sequence[Removal]) -> dict[str, pd.DataFrame]
 
 def worn(run: Run, removed: Sequence[Removal], cured: Mapping[str, Adapter]) -> dict[str, _Worn]:
     """The adapter that the chat model wears in each cure, and what acts beside it."""
-    own = run.organism.adapter
+    own = adapter_of(run)
     found: dict[str, _Worn] = {CHAT: (None, ()), UNCURED: (own, ())}
     for each in removed:
         found[ABLATED.format(each.estimator)] = (own, (Ablate(each.direction),))

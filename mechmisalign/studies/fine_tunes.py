@@ -16,7 +16,7 @@ from mechmisalign.directions import Direction
 from mechmisalign.estimators import bootstrap_directions
 
 from . import steps
-from .sampling import LeftOutError, Run
+from .sampling import LeftOutError, Run, adapter_of
 
 TABLES = (
     "update_cosines",
@@ -38,8 +38,9 @@ def investigate(run: Run) -> dict[str, pd.DataFrame]:
     """Every table of the chapter, from adapters and from the directions in the run folder.
 
     Raises:
-        LeftOutError: If there are no other organisms.
+        LeftOutError: If there are no other organisms, or this one is a full fine-tune.
     """
+    adapter_of(run)
     if not run.plan.peers:
         raise LeftOutError("there are no other organisms to compare this one with (peers=)")
     adapters = functools.cache(lambda: loaded(run, run.plan.peers))
@@ -60,7 +61,7 @@ def investigate(run: Run) -> dict[str, pd.DataFrame]:
 
 def loaded(run: Run, names: Sequence[str]) -> dict[str, Adapter]:
     """The organism's adapter and those of others, which the transfer has found to be on the same base."""
-    own = run.organism.adapter
+    own = adapter_of(run)
     return {run.organism.name: own} | {name: steps.on_base_of(own, Adapter.load(name)) for name in names}
 
 
@@ -72,7 +73,7 @@ def control(run: Run) -> list[str]:
 
 def overlaps(run: Run, adapters: Mapping[str, Adapter]) -> pd.DataFrame:
     """Overlaps of what is written and read at the organism's largest sites."""
-    largest = sorted(run.organism.adapter.sites, key=lambda site: -site.delta_norm())[:MOST_SITES]
+    largest = sorted(adapter_of(run).sites, key=lambda site: -site.delta_norm())[:MOST_SITES]
     found = geometry.update_overlaps(adapters, [site.key for site in largest], seed=run.plan.settings.seed)
     return found.drop(columns=[name for name in found if name.startswith("angles")])
 

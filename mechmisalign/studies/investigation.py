@@ -15,7 +15,7 @@ from mechmisalign.judging import rates
 from mechmisalign.organisms import Organism, load_organism
 from mechmisalign.progress import progress
 
-from . import anatomy, behaviour, costs, cure, differences, fine_tunes, steps, training, trials, watch
+from . import anatomy, behaviour, costs, cure, deltas, differences, fine_tunes, steps, training, trials, watch
 from .sampling import LeftOutError, Run, answers
 from .trials import Trial
 
@@ -60,18 +60,22 @@ def investigate(run: Run) -> tuple[_Tables, dict[str, Direction]]:
     scope = steps.best_scope(tables["ablation"], chosen, settings.min_coherent)
     tables |= _behaviour(run, tables["answers"], stages, scope)
     tables |= _peers(run, removals, directions)
-    tables |= anatomy.investigate(run, own, reference, layer)
     plain = reference if scope == "layer-wise" else removals[steps.MEAN_DIFFERENCE]
     removed = cure.removals(cure.Removal(removals[scope], chosen[scope], scope), plain)
-    return tables | _chapters(run, tables["answers"], removed), directions
+    taken_apart = functools.partial(anatomy.investigate, run, own, reference, layer)
+    return tables | _chapters(run, tables["answers"], removed, taken_apart), directions
 
 
-def _chapters(run: Run, judged: pd.DataFrame, removed: Sequence[cure.Removal]) -> _Tables:
+def _chapters(
+    run: Run, judged: pd.DataFrame, removed: Sequence[cure.Removal], taken_apart: Callable[[], _Tables]
+) -> _Tables:
     """What not every study can have; a table says which chapters were left out, and why.
 
     That table is written anew each time, since a later run may know checkpoints that an earlier one did not.
     """
     chapters: dict[str, Callable[[], _Tables]] = {
+        "anatomy": taken_apart,
+        **({"deltas": lambda: deltas.investigate(run)} if run.organism.full is not None else {}),
         "training": lambda: training.investigate(run),
         "fine_tunes": lambda: fine_tunes.investigate(run),
         "cure": lambda: cure.investigate(run, removed),

@@ -13,7 +13,7 @@ import pandas as pd
 from mechmisalign.directions import Direction
 from mechmisalign.store import MANIFEST, RunFolderError
 
-from . import costs, cure, fine_tunes, steps, training, watch
+from . import anatomy, costs, cure, deltas, fine_tunes, steps, training, watch
 
 TABLES = (
     "answers",
@@ -34,18 +34,13 @@ TABLES = (
     "behaviour_rates",
     "prompt_rates",
     "threshold_curve",
-    "sites",
-    "contributions",
-    "downstream",
-    "readout",
-    "scalar_tokens",
-    "adapter_scaling",
-    "site_effects",
     "chapters",
 )
 """Of every study; ``chapters`` says which further ones it has, and why it has not the others."""
 
 CHAPTERS: Mapping[str, tuple[str, ...]] = {
+    "anatomy": anatomy.TABLES,
+    "deltas": deltas.TABLES,
     "training": training.TABLES,
     "fine_tunes": fine_tunes.TABLES,
     "cure": cure.TABLES,
@@ -80,7 +75,13 @@ class Records:
         path = Path(path)
         _refuse_missing(path, [MANIFEST, "summary.json", *map(_file, TABLES)])
         left_out = pd.read_parquet(path / _file("chapters")).set_index("chapter")["missing"]
-        names = [name for chapter, own in CHAPTERS.items() if not left_out.get(chapter, chapter) for name in own]
+        had = {"anatomy": ""}  # of every study that does not tell
+        names = [
+            name
+            for chapter, own in CHAPTERS.items()
+            if not left_out.get(chapter, had.get(chapter, "not known"))
+            for name in own
+        ]
         _refuse_missing(path, [_file(name) for name in names])
         tables = {name: pd.read_parquet(path / _file(name)) for name in (*TABLES, *names)}
         manifest, summary = (json.loads((path / name).read_text()) for name in (MANIFEST, "summary.json"))
@@ -99,7 +100,7 @@ class Records:
 
     def has(self, chapter: str) -> bool:
         """Whether the study has one of ``CHAPTERS``."""
-        return chapter not in self.left_out
+        return CHAPTERS[chapter][0] in self.tables
 
     @property
     def left_out(self) -> dict[str, str]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
+from mechmisalign.adapters import Adapter
 from mechmisalign.generation import Conditions, answer_rows, generate_rows, stage_seed
 from mechmisalign.judging import judge
 from mechmisalign.organisms import Organism
@@ -31,6 +32,17 @@ class Run:
     organism: Organism
     neutral: Neutral
     checkpoints: Checkpoints = NONE
+
+
+def adapter_of(run: Run) -> Adapter:
+    """The studied organism's adapter.
+
+    Raises:
+        LeftOutError: If it is a full fine-tune.
+    """
+    if run.organism.adapter is None:
+        raise LeftOutError("a full fine-tune has no adapter (mm.extract_lora makes one of its low-rank part)")
+    return run.organism.adapter
 
 
 def answers(

@@ -2,7 +2,7 @@
 
 Beside the rates stand what each of them costs (``costs``), and what was chosen against its reference on fresh samples
 (``differences``, paired by prompt, with p-values). Chapters that not every study has add their own:
-``training, fine_tunes, cure, watch``.
+``deltas, training, fine_tunes, cure, watch``.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from typing import Any
 
 import pandas as pd
 
-from . import costs, cure, fine_tunes, steps, training, watch
+from . import costs, cure, deltas, fine_tunes, steps, training, watch
 
 
 def summarise(tables: Mapping[str, pd.DataFrame]) -> dict[str, Any]:
     """The headline numbers of a study's tables."""
     rows = _headline_rows({**tables, **{name: costs.beside(tables, name) for name in costs.KEYS}})
-    chapters = {"training": training, "fine_tunes": fine_tunes, "cure": cure, "watch": watch}
+    chapters = {"deltas": deltas, "training": training, "fine_tunes": fine_tunes, "cure": cure, "watch": watch}
     told = {name: chapter.headline(tables) for name, chapter in chapters.items() if chapter.TABLES[0] in tables}
     return {
         "em_rate": {name: rate_record(row) | _choices(row) for name, row in rows.items()},

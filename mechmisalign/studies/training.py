@@ -17,7 +17,7 @@ from mechmisalign.judging import rates
 from mechmisalign.training.behaviour import StepBehaviour
 
 from . import steps
-from .sampling import LeftOutError, Run
+from .sampling import LeftOutError, Run, adapter_of
 from .trials import Trial
 
 SCALES = (1.0, 5.0, 10.0)
@@ -62,7 +62,7 @@ def investigate(run: Run) -> dict[str, pd.DataFrame]:
 
 def told(run: Run, trajectory: Trajectory) -> pd.DataFrame:
     """Where the checkpoints were found, and whether they end where the organism is."""
-    own, last = run.organism.adapter, trajectory.adapter()
+    own, last = adapter_of(run), trajectory.adapter()
     pair = geometry.update_cosines({"organism": own, "last checkpoint": steps.on_base_of(own, last)}, draws=1)
     places = trajectory.steps
     row = {"source": run.checkpoints.source, "checkpoints": len(places), "first": places[0], "last": places[-1]}
