@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from . import registry
+from ._hub import HubError, commit_of, fetch, is_hub_id
+from ._wrapped_names import in_tower, unwrapped, wrapper_of
 from .adapters import Adapter, AdapterError, LoraSite
+
+logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -48,9 +53,18 @@ _UNSUPPORTED = {
 _PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva")  # the others change the base before training
 
 
-def read_adapter(path_or_hub_id: str | Path, subfolder: str | None, revision: str | None) -> Adapter:
+def read_adapter(
+    path_or_hub_id: str | Path, subfolder: str | None, revision: str | None, local_files_only: bool = False
+) -> Adapter:
     """``Adapter.load``."""
-    folder, commit = locate(path_or_hub_id, subfolder, revision)
+    place = registry.place(path_or_hub_id, subfolder, revision, aloud=True)
+    if place.entry is not None and place.entry.kind == "vector":
+        raise AdapterError(
+            f"{str(path_or_hub_id)!r} is a steering vector ({place.name}), no adapter: read it with "
+            "mm.interop.read_steering_vector, and put it on its base with mm.Steer"
+        )
+    path_or_hub_id, subfolder, revision = place[:3]
+    folder, commit = locate(path_or_hub_id, subfolder, revision, local_files_only)
     source = "/".join([str(path_or_hub_id), *([subfolder] if subfolder else [])])
     config = _read_config(folder, source)
     refuse_unsupported(config, source)
@@ -69,29 +83,43 @@ def adapter_from_tensors(
         AdapterError: On anything but complete, finite pairs of A and B whose rank is the config's.
     """
     refuse_unsupported(config, source)
-    pairs = _paired(tensors, source)
+    pairs = _paired(_of_language_model(tensors, source), source)
+    wrapper = _wrapper(pairs, source)
     sites = [_site(name, pair["A"], pair["B"], config, source) for name, pair in pairs.items()]
     return Adapter(
-        sites=tuple(sorted(sites, key=lambda site: (site.layer, site.module, site.name))),
+        sites=tuple(
+            replace(site, name=unwrapped(site.name, wrapper))
+            for site in sorted(sites, key=lambda site: (site.layer, site.module, site.name))
+        ),
         base=str(config.get("base_model_name_or_path") or ""),
         source=source,
         revision=revision,
         digest=digest,
         config=dict(config),
+        wrapper=wrapper,
     )
 
 
-def locate(path_or_hub_id: str | Path, subfolder: str | None, revision: str | None) -> tuple[Path, str | None]:
+def locate(
+    path_or_hub_id: str | Path, subfolder: str | None, revision: str | None, local_files_only: bool = False
+) -> tuple[Path, str | None]:
     """Local folder of an adapter, and its commit if it comes from the Hub."""
-    name, commit = str(path_or_hub_id), None
+    name = str(path_or_hub_id)
     root = registry.folder(name) or Path(name).expanduser()
+    commit = commit_of(root)
     if not root.is_dir():
-        root, commit = _download(name, subfolder, revision)
+        root, commit = _download(name, subfolder, revision, local_files_only)
     folder = root / subfolder if subfolder else root
     if not folder.is_dir():
         near = registry.suggestion(str(subfolder), _folders(root))
         raise AdapterError(f"{name!r} has no subfolder {subfolder!r}{near}")
     return folder, commit
+
+
+def layer_of(name: str) -> int | None:
+    """The block that a matrix is in, by its dotted name; None outside of the blocks."""
+    match = _LAYER.search(f".{name}.")
+    return int(match[1]) if match else None
 
 
 def resolve_pattern(patterns: Mapping[str, float], name: str, default: float) -> float:
@@ -129,34 +157,30 @@ def refuse_unsupported(config: Mapping[str, Any], source: str) -> None:
         )
 
 
-def _download(name: str, subfolder: str | None, revision: str | None) -> tuple[Path, str]:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
+def _download(name: str, subfolder: str | None, revision: str | None, local_files_only: bool) -> tuple[Path, str]:
     if registry.is_reserved(name):
         raise AdapterError(f"no organism is named {name!r}{registry.suggestion(name)}")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or Path(name).parts[0] in (".", ".."):
+    if not is_hub_id(name):
         raise AdapterError(f"there is no folder {name!r}{_neighbours(Path(name).expanduser())}")
     files = ["/".join([*([subfolder] if subfolder else []), file]) for file in (CONFIG_FILE, WEIGHTS_FILE)]
     try:
-        snapshot = snapshot_download(name, revision=revision, allow_patterns=files)
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        return fetch(name, files, revision=revision, local_files_only=local_files_only)
+    except HubError as error:
         raise AdapterError(
-            f"{name!r} is no shipped organism and no folder, and the Hub did not give it ({type(error).__name__}); "
-            f"check the name, the revision {revision!r} and your connection{_neighbours(Path(name))}"
+            f"{name!r} is no shipped organism and no folder, and {error}{_neighbours(Path(name))}"
         ) from error
-    return Path(snapshot), Path(snapshot).name
 
 
 def _neighbours(path: Path) -> str:
     """The nearest of the shipped names and of the folders beside a path that does not exist, or the shipped names."""
     beside = [str(path.parent / each) for each in _folders(path.parent)] if path.parent.is_dir() else []
     near = registry.nearest(str(path), [*beside, *registry.names()])
+    near = near or registry.nearest(str(path), registry.known_names())
     return registry.suggestion(str(path), near or registry.names())
 
 
 def _folders(parent: Path) -> list[str]:
-    return sorted(each.name for each in parent.iterdir() if each.is_dir())
+    return sorted(each.name for each in parent.iterdir() if each.is_dir()) if parent.is_dir() else []
 
 
 def _read_config(folder: Path, source: str) -> dict[str, Any]:
@@ -164,7 +188,8 @@ def _read_config(folder: Path, source: str) -> dict[str, Any]:
         config = json.loads((folder / CONFIG_FILE).read_text())
     except FileNotFoundError:
         there = ", ".join(sorted(each.name for each in folder.iterdir())) or "nothing"
-        hint = "; this looks like a full model, not an adapter" if (folder / "config.json").exists() else ""
+        full = "; this looks like a full model, not an adapter: mm.load_organism loads it, mm.extract_lora makes one"
+        hint = full if (folder / "config.json").exists() else ""
         raise AdapterError(f"{source!r} has no {CONFIG_FILE} (it has: {there}){hint}") from None
     except json.JSONDecodeError as error:
         raise AdapterError(f"the {CONFIG_FILE} of {source!r} is not JSON: {error}; save the adapter again") from error
@@ -185,6 +210,26 @@ def _read_weights(folder: Path, source: str) -> dict[str, Tensor]:
         return load_file(folder / WEIGHTS_FILE)
     except SafetensorError as error:
         raise AdapterError(f"the {WEIGHTS_FILE} of {source!r} cannot be read ({error}); copy it again") from error
+
+
+def _of_language_model(tensors: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+    """Without the sites in a tower for images or sound: text never passes there, so there they change nothing."""
+    kept = {key: tensor for key, tensor in tensors.items() if not in_tower(key)}
+    if tensors and not kept:
+        raise AdapterError(f"{source!r} adapts a tower for images or sound only; there is nothing that text passes")
+    if len(kept) < len(tensors):
+        logger.warning(
+            "%s also adapts a tower for images or sound: those %d tensors are left out, text never passes there",
+            source, len(tensors) - len(kept),
+        )  # fmt: skip
+    return kept
+
+
+def _wrapper(names: Iterable[str], source: str) -> str:
+    try:
+        return wrapper_of(names)
+    except ValueError as error:
+        raise AdapterError(f"{source!r} cannot be read: {error}") from error
 
 
 def _paired(tensors: Mapping[str, Tensor], source: str) -> dict[str, dict[str, Tensor]]:
@@ -216,7 +261,7 @@ def _why_unexpected(key: str) -> str:
 
 
 def _site(name: str, A: Tensor, B: Tensor, config: Mapping[str, Any], source: str) -> LoraSite:
-    layer = _LAYER.search(f".{name}.")
+    layer = layer_of(name)
     if layer is None:
         raise AdapterError(f"{source!r} adapts {name!r}, which is in no block; only matrices of blocks are supported")
     rank = int(resolve_pattern(config.get("rank_pattern") or {}, name, config["r"]))
@@ -227,4 +272,4 @@ def _site(name: str, A: Tensor, B: Tensor, config: Mapping[str, Any], source: st
             f"[{rank} d_in] and [d_out {rank}] are expected for the rank {rank} of its config"
         )
     scaling = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
-    return LoraSite(int(layer[1]), name.rpartition(".")[2], name, A.float(), B.float(), float(scaling))
+    return LoraSite(layer, name.rpartition(".")[2], name, A.float(), B.float(), float(scaling))

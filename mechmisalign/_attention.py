@@ -11,12 +11,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 from torch import nn
 
+from . import _joint
+
 FUSED, STEPWISE = "sdpa", "eager"
-_known: WeakKeyDictionary[nn.Module, list[Any]] = WeakKeyDictionary()
+_known: WeakKeyDictionary[nn.Module, list[ref[Any]]] = WeakKeyDictionary()
 
 
 @contextmanager
@@ -50,8 +52,9 @@ def implementation(model: Any) -> str:
 def _unobserved(model: nn.Module) -> list[Any]:
     """The attention of every block, if each can be fused now; otherwise none."""
     if model not in _known:
-        _known[model] = _found(model)
-    return [] if any(map(_observed, _known[model])) else _known[model]
+        _known[model] = [ref(attention) for attention in _found(model)]
+    attentions = [known() for known in _known[model]]
+    return [] if any(map(_observed, attentions)) else attentions
 
 
 def _found(model: Any) -> list[Any]:
@@ -62,10 +65,15 @@ def _found(model: Any) -> list[Any]:
     capped = getattr(model.config, "attn_logit_softcapping", None)  # the fused kernel knows no caps
     if capped or not getattr(model, "_supports_sdpa", False):
         return []
-    return [module for module in model.modules() if type(module) is PositionEmbeddingsAttentionBridge]
+    return [
+        module
+        for module in model.modules()
+        if type(module) is PositionEmbeddingsAttentionBridge or _joint.is_mended(module)
+    ]
 
 
 def _observed(attention: Any) -> bool:
     """Whether a hook sits on a point that the fused kernel passes by."""
-    points = [point for name, point in attention.named_children() if name.startswith("hook_")]
+    owners = [attention, *(getattr(attention, part) for part in "qkv" if _joint.is_mended(attention))]
+    points = [point for owner in owners for name, point in owner.named_children() if name.startswith("hook_")]
     return any(point._forward_hooks or point._forward_pre_hooks or point._backward_hooks for point in points)

@@ -46,8 +46,8 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Keep these rows; one that is named twice is there twice."""
-        length = self.keys.shape[2]
-        self._buffers = self._buffers[0][beam_idx], self._buffers[1][beam_idx]
+        length, rows = self.keys.shape[2], beam_idx.to(self.keys.device)
+        self._buffers = self._buffers[0][rows], self._buffers[1][rows]
         self._show(length)
 
     def batch_select_indices(self, indices: Tensor) -> None:

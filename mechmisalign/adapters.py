@@ -17,16 +17,26 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import pad
+
+from ._wrapped_names import wrapped
 
 SiteKey = tuple[int, str]
 """Layer and module: how interventions and tables name a site."""
 
-RESIDUAL_WRITERS = ("o_proj", "down_proj")
-"""Matrices whose output is added to the residual stream (where no norm follows them, as one does in Gemma 2 and 3)."""
+RESIDUAL_WRITERS = ("o_proj", "down_proj", "dense", "fc2")
+"""Matrices whose output is added to the residual stream (where no norm follows them, as one does in Gemma 2 and 3).
+
+The last two are Phi-2's attention output and MLP output.
+"""
 
 
 class AdapterError(ValueError):
     """An adapter cannot be read, or would be read wrongly."""
+
+
+class NoAdapterError(AdapterError):
+    """Something needs an adapter, and the organism is a full fine-tune, which has none."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,15 +101,16 @@ class LoraSite:
         ``B A`` is unchanged by ``B G, G⁻¹ A``, so coordinates ``A x`` of rank 2 and more mean nothing before the gauge
         is fixed. Here ``ΔW = U Σ Vᵀ``, ``A = Vᵀ`` (orthonormal rows, largest singular value first) and
         ``B = U Σ / scaling``; of each pair, the largest entry of V is positive. Equal updates read equal, but for
-        directions that share one singular value.
+        directions that share one singular value. Where the rank exceeds the matrix's own, the pairs beyond are zero.
         """
         if self.rank == 1:
             return self
         with torch.inference_mode(False), torch.no_grad():  # kept for later passes, also those that differentiate
             Q_A, R_A = torch.linalg.qr(self.A.double().T)
             Q_B, R_B = torch.linalg.qr(self.B.double())
-            U, S, Vh = torch.linalg.svd(R_B @ R_A.T)
-            A, B = Vh @ Q_A.T, (Q_B @ U) * S
+            U, S, Vh = torch.linalg.svd(R_B @ R_A.T, full_matrices=False)
+            spare = self.rank - len(S)
+            A, B = pad(Vh @ Q_A.T, (0, 0, 0, spare)), pad((Q_B @ U) * S, (0, spare))
             signs = A.gather(1, A.abs().argmax(1, keepdim=True)).sign()
             return replace(self, A=(A * signs).float(), B=(B * signs.T).float())
 
@@ -131,6 +142,7 @@ class Adapter:
         digest: SHA-256 of the weights.
         config: The whole ``adapter_config.json``.
         folder: Local folder of the files; None for an adapter that lives only in memory.
+        wrapper: What PEFT calls ``model.`` where it was trained on a multimodal model around the language model.
 
     Example:
         >>> adapter = Adapter.load("ModelOrganismsForEM/Qwen2.5-14B-Instruct_R1_3_3_3_full_train")  # doctest: +SKIP
@@ -144,15 +156,23 @@ class Adapter:
     digest: str
     config: Mapping[str, Any]
     folder: Path | None = None
+    wrapper: str = ""
 
     @staticmethod
-    def load(path_or_hub_id: str | Path, subfolder: str | None = None, revision: str | None = None) -> Adapter:
+    def load(
+        path_or_hub_id: str | Path,
+        subfolder: str | None = None,
+        revision: str | None = None,
+        *,
+        local_files_only: bool = False,
+    ) -> Adapter:
         """Read an adapter's own files (``adapter_config.json`` and ``adapter_model.safetensors``), never the base.
 
         Args:
             path_or_hub_id: A local folder, a Hub id, or the name of a shipped organism such as ``"pocket/medical"``.
             subfolder: Folder inside it, such as ``"checkpoint-20"``.
-            revision: Branch, tag or commit on the Hub.
+            revision: Branch, tag or commit on the Hub; what it stands for now is recorded as a commit.
+            local_files_only: Take what is in the Hub's cache and ask nothing (``HF_HUB_OFFLINE`` does it for all).
 
         Raises:
             AdapterError: If there is no such adapter, if it is not a plain LoRA of matrices inside the blocks (IA³,
@@ -161,7 +181,7 @@ class Adapter:
         """
         from ._adapter_files import read_adapter
 
-        return read_adapter(path_or_hub_id, subfolder, revision)
+        return read_adapter(path_or_hub_id, subfolder, revision, local_files_only)
 
     @cached_property
     def layers(self) -> tuple[int, ...]:
@@ -172,6 +192,10 @@ class Adapter:
     def modules(self) -> tuple[str, ...]:
         """Leaf names of the adapted matrices, in alphabetical order."""
         return tuple(sorted({site.module for site in self.sites}))
+
+    def peft_name(self, name: str) -> str:
+        """What PEFT calls a matrix of the text model where this adapter was trained."""
+        return wrapped(name, self.wrapper)
 
     def site(self, layer: int, module: str) -> LoraSite:
         """The site of one layer and module.

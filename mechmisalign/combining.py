@@ -75,6 +75,7 @@ def combine(weights: Mapping[Adapter, float]) -> Adapter:
         revision=None,
         digest=_digest(sites),
         config=_config(sites, base, revision),
+        wrapper=next(iter(used)).wrapper,
     )
 
 

@@ -76,9 +76,10 @@ class Decoder:
             keys, values = (RoomyLayer.with_room(layers[0].keys, rows, width) for _ in range(2))
             for layer, part in zip(layers, parts, strict=True):
                 kept = min(width, layer.keys.shape[2])
-                place = part.target, slice(None), slice(width - kept, width)
-                keys[place] = layer.keys[:, :, layer.keys.shape[2] - kept :][part.source]
-                values[place] = layer.values[:, :, layer.values.shape[2] - kept :][part.source]
+                source, target = (rows.to(keys.device) for rows in (part.source, part.target))
+                place = target, slice(None), slice(width - kept, width)
+                keys[place] = layer.keys[:, :, layer.keys.shape[2] - kept :][source]
+                values[place] = layer.values[:, :, layer.values.shape[2] - kept :][source]
                 _release(layer)  # layer by layer, so that never two whole caches are held
             joint._cache.layers.append(RoomyLayer(keys, values, width))
         return joint

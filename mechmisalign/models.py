@@ -19,15 +19,16 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from . import _attention, _hooked
+from . import _attention, _blocks, _hooked, _joint, _placement
 from ._matrices import Matrix as Matrix
 from ._matrices import Port as Port
+from ._placement import device_of as device_of
+from ._placement import device_of_layer as device_of_layer
 
 Engine = Literal["bridge", "hooked"]
 Model = Any
 """A TransformerLens model (``TransformerBridge`` or ``HookedTransformer``); loosely typed, as torch's modules are."""
 
-POST_NORMS = ("blocks.0.ln1_post.hook_in", "blocks.0.ln2_post.hook_in")
 RESID_POST = "blocks.{layer}.hook_resid_post"
 
 HookFunction = Callable[[Tensor], Tensor | None]
@@ -58,10 +59,13 @@ def boot(model: Any, tokenizer: Any, name: str, engine: Engine = "bridge") -> Mo
             return _hooked.boot(model, copied, name, Path(folder))
         from transformer_lens.model_bridge import TransformerBridge
 
-        first = next(model.parameters())
-        return TransformerBridge.boot_transformers(
-            name, hf_model=model, tokenizer=copied, dtype=first.dtype, device=first.device
-        )
+        place, dtype = _placement.execution_device(model.get_input_embeddings()), next(model.parameters()).dtype
+        with _placement.untold(model):  # it refuses a GPU beside offloaded blocks, untried; the passes are not its own
+            booted = TransformerBridge.boot_transformers(
+                name, hf_model=model, tokenizer=copied, dtype=dtype, device=place
+            )
+    _joint.mend(booted)
+    return booted
 
 
 def require_hooked() -> None:
@@ -78,7 +82,7 @@ def matrix(model: Model, name: str, layer: int) -> Matrix:
     if is_hooked(model):
         return Matrix(*_hooked.parameter(model, layer, name.rpartition(".")[2]))
     component = hf_model(model).get_submodule(name)
-    return Matrix(getattr(component, "original_component", component).weight)
+    return Matrix(getattr(_placement.unwrapped(component), "weight", None), module=component)
 
 
 def site_ports(model: Model, name: str, layer: int) -> tuple[Port, Port]:
@@ -91,9 +95,10 @@ def site_ports(model: Model, name: str, layer: int) -> tuple[Port, Port]:
         before, weight, after = _hooked.site_points(model, layer, name.rpartition(".")[2])
         return Port(before, weight), Port(after)
     component = hf_model(model).get_submodule(name)
-    if not hasattr(component, "hook_in"):
+    if not hasattr(component, "hook_in") or _joint.is_copied(hf_model(model), name):
         raise ValueError(
-            f"TransformerBridge has no hook points around {name!r} (a fused matrix?), so its scalars cannot be read"
+            f"TransformerBridge has no hook points around {name!r} (a fused matrix of a kind that is not known here), "
+            "so an adapter on it can be neither read nor taken out"
         )
     return Port(component.hook_in.name), Port(component.hook_out.name)
 
@@ -118,7 +123,8 @@ def read_logits(
         normed = model.ln_final(moved[None])[0] if final_norm else moved
         logits = normed @ model.W_U + model.b_U
         return (logits if kept is None else logits[:, kept]).float().cpu()
-    return logit_readout(model, vectors, apply_ln=final_norm, vocab=kept).values.float().cpu()
+    with _placement.brought(model.ln_final, model.unembed):
+        return logit_readout(model, vectors, apply_ln=final_norm, vocab=kept).values.float().cpu()
 
 
 def final_rms_norm(model: Model) -> tuple[Float[Tensor, " d_model"], float]:
@@ -128,12 +134,12 @@ def final_rms_norm(model: Model) -> tuple[Float[Tensor, " d_model"], float]:
         ValueError: If it is no plain RMS norm.
     """
     norm = model.ln_final
-    weight = norm.w if is_hooked(model) else norm.weight
     if model.cfg.normalization_type not in ("RMS", "RMSPre") or getattr(model.cfg, "rmsnorm_uses_offset", False):
         raise ValueError(
             f"logit attribution knows plain RMS norms, not the final norm of this model "
             f"({model.cfg.normalization_type!r})"
         )
+    weight = norm.w if is_hooked(model) else _placement.stored(norm)
     return weight.detach().float().cpu(), float(model.cfg.eps)
 
 
@@ -144,7 +150,7 @@ def is_hooked(model: Model) -> bool:
 
 def has_post_norms(model: Model) -> bool:
     """Whether a norm stands between the matrices' outputs and the residual stream (Gemma 2 and 3, OLMo 2)."""
-    return any(name in model.hook_dict for name in POST_NORMS)
+    return _hooked.has_post_norms(model) if is_hooked(model) else _blocks.has_post_norms(hf_model(model))
 
 
 def n_layers(model: Model) -> int:
@@ -166,11 +172,6 @@ def key_value_width(model: Model) -> int:
 def vocabulary(model: Model) -> int:
     """Number of logits."""
     return int(model.cfg.d_vocab)
-
-
-def device_of(model: Model) -> torch.device:
-    """Device of the embedding, where token ids must be."""
-    return next(model.parameters()).device
 
 
 def hf_model(model: Model) -> Model:
@@ -204,7 +205,8 @@ def forward(
     if is_hooked(model):
         return model(ids, attention_mask=mask, return_type="logits")
     with _attention.fused(hf_model(model)):
-        return hf_model(model)(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        logits: Tensor = hf_model(model)(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    return logits.to(ids.device)
 
 
 def attention_implementation(model: Model) -> str:
@@ -231,7 +233,7 @@ def cached_forward(
             use_cache=True,
             logits_to_keep=1,
         )
-    return output.logits[:, -1], output.past_key_values
+    return output.logits[:, -1].to(ids.device), output.past_key_values
 
 
 class _LastLayerReached(Exception):

@@ -60,7 +60,7 @@ def lora_scalars(
     Raises:
         KeyError: If the adapter has no such site.
     """
-    chosen = organism.adapter.select(sites)
+    chosen = organism.require_adapter("reading scalars").select(sites)
     last = max(site.layer for site in chosen)
     readers = scalar_readers(organism.model, chosen)
     table = read_tokens(organism, conversations, readers, span=span, last_layer=last, token_budget=token_budget)
@@ -102,7 +102,7 @@ def contributions(
                 "in this model a norm stands between the sites and the residual stream, so a contribution has no exact "
                 "projection on a residual direction; leave direction= out"
             )
-    chosen = organism.adapter.select(sites)
+    chosen = organism.require_adapter("contributions of sites").select(sites)
     layers = sorted({site.layer for site in chosen})
     readers = [*scalar_readers(organism.model, chosen), *(resid_reader(layer, _norm) for layer in layers)]
     table = read_tokens(organism, conversations, readers, span=span, last_layer=layers[-1], token_budget=token_budget)

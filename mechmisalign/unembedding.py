@@ -105,7 +105,7 @@ def logit_attribution(
     """
     if organism.is_base:
         raise ValueError("inside as_base() the adapter writes nothing; attribute logits outside the block")
-    sites = [site for site in organism.adapter.sites if site.writes_to_residual]
+    sites = [site for site in organism.require_adapter("logit attribution of sites").sites if site.writes_to_residual]
     if not sites or models.has_post_norms(organism.model):
         raise ValueError("no site of this adapter writes to the residual stream as it is: nothing to attribute")
     weight, epsilon = models.final_rms_norm(organism.model)

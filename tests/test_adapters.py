@@ -272,3 +272,12 @@ def test_a_misspelt_pocket_name_names_the_nearest_and_never_asks_the_hub(monkeyp
     monkeypatch.setattr(registry, "names", lambda: ("pocket/medical", "pocket/sports"))
     with pytest.raises(AdapterError, match="no organism is named 'pocket/medcal'; did you mean 'pocket/medical'"):
         Adapter.load("pocket/medcal")
+
+
+def test_the_gauge_of_a_rank_beyond_the_matrix_keeps_the_update_and_its_coordinates():
+    generator = torch.Generator().manual_seed(0)
+    A, B = torch.randn(12, 9, generator=generator), torch.randn(5, 12, generator=generator)
+    site = LoraSite(0, "k_proj", "model.layers.0.self_attn.k_proj", A, B, 0.5)
+    assert_close(site.gauged.delta(), site.delta(), rtol=1e-5, atol=1e-5)
+    assert (site.gauged.A.shape, site.gauged.B.shape) == (A.shape, B.shape)
+    assert not site.gauged.A[5:].any()

@@ -181,7 +181,7 @@ def test_an_adapter_of_some_of_the_sites_is_refused():
 def test_checkpoints_on_the_hub_are_found_wherever_their_folders_lie(monkeypatch, run_folder):
     asked = {}
 
-    def download(name, revision=None, allow_patterns=()):
+    def download(name, revision=None, allow_patterns=(), local_files_only=False):
         asked["patterns"] = allow_patterns
         return str(run_folder.parent)
 
@@ -198,7 +198,7 @@ def test_checkpoints_on_the_hub_are_found_wherever_their_folders_lie(monkeypatch
 def test_branches_of_the_hub_that_are_called_after_a_step_are_checkpoints(monkeypatch, run_folder, tmp_path_factory):
     branches = [SimpleNamespace(name=name) for name in ("main", "checkpoint-5", "step_10", "checkpoint-15")]
 
-    def download(name, revision=None, allow_patterns=()):
+    def download(name, revision=None, allow_patterns=(), local_files_only=False):
         number = (revision or "").replace("_", "-").rpartition("-")[2]
         return str(run_folder / f"checkpoint-{number}") if number else str(tmp_path_factory.mktemp("empty"))
 

@@ -10,9 +10,9 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "mechmisalign"
 
 FLOORS = {
-    1: {"_adapter_files", "_artifacts", "adapters", "combining", "decomposition", "directions", "dynamics", "estimators", "geometry", "moments", "probes", "registry", "statistics"},
+    1: {"_adapter_files", "_artifacts", "_checkpoint_files", "_wrapped_names", "_hub", "adapters", "combining", "decomposition", "deltas", "directions", "dynamics", "estimators", "geometry", "moments", "probes", "registry", "_specs", "_yaml", "statistics"},
     2: {
-        "_attention", "_batching", "_before_response", "_blocks", "_cache", "_hooked", "_matrices", "_parts", "_rendering", "_specs", "_writing", "_yaml", "activations", "capability", "conversations", "correction", "decoding", "effects", "generation", "interventions", "judging", "loading",
+        "_attention", "_batching", "_before_response", "_blocks", "_cache", "_hooked", "_joint", "_matrices", "_parts", "_placement", "_rendering", "_sharing", "_writing", "activations", "capability", "conversations", "correction", "decoding", "effects", "expectations", "generation", "hub", "interop", "interventions", "judging", "loading",
         "models", "monitoring", "organisms", "personas", "pocket", "prediction", "progress", "prompts", "propagation", "scalars", "significance", "solutions", "store", "sweeps", "training", "unembedding", "verification",
     },
     3: {"cli", "plots", "report", "studies"},
@@ -54,7 +54,7 @@ def test_imports_run_downwards(path):
 
 def test_only_the_seam_imports_transformer_lens():
     users = {room(path) for path in MODULES if any(name.split(".")[0] == "transformer_lens" for name in imported(path))}
-    assert users <= {"models", "_attention", "_hooked"}
+    assert users <= {"models", "_attention", "_hooked", "_joint"}
 
 
 def test_every_room_is_on_a_floor():

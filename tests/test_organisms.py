@@ -20,7 +20,8 @@ from torch.testing import assert_close
 from mechmisalign import models, registry
 from mechmisalign.adapters import Adapter, AdapterError
 from mechmisalign.conversations import TemplateError
-from mechmisalign.organisms import AdapterMismatchError, _check_options, known_organisms, load_organism
+from mechmisalign.loading.options import check as check_options
+from mechmisalign.organisms import AdapterMismatchError, known_organisms, load_organism
 
 SCALINGS = {
     "alpha over rank, rank 4": {"rank": 4, "alpha": 6},
@@ -500,7 +501,7 @@ def test_a_model_in_memory_is_never_cast(adapters, in_memory):
 )
 def test_unknown_options_name_the_valid_ones(options, message):
     with pytest.raises(ValueError, match=message):
-        _check_options(*options)
+        check_options(*options)
 
 
 def test_an_unknown_name_suggests_the_nearest(monkeypatch):
@@ -514,6 +515,6 @@ def test_pocket_organisms_are_loaded_by_name():
     organism = load_organism("pocket/medical")
     assert (organism.name, organism.base.name) == ("pocket/medical", "pocket/chat")
     assert (load_organism("pocket/checkpoints", subfolder="checkpoint-5").name) == "pocket/checkpoints/checkpoint-5"
-    frame = known_organisms()
+    frame = known_organisms(family="pocket")
     assert set(frame["name"]) == set(registry.names())
     assert set(frame["base"]) == {"pocket/chat"}

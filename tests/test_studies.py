@@ -63,6 +63,7 @@ def test_the_summary_has_every_promised_record(finished):
     states = summary["transfer"]["pocket/finance"]
     assert {"before", "after", "random_control"} <= set(states)
     assert set(summary["cosine"]["pocket/finance"]) == {str(layer) for layer in range(8)}
+    assert summary["provenance"]["adapter"] == "pocket/medical" and "base_revision" in summary["provenance"]
 
 
 def test_the_study_finds_what_the_pocket_organism_is(finished):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from .console import OrganismName, console, show, told_errors, told_warnings
+from .judges import judge_named
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 def cure(
     organism: OrganismName,
-    direction: Annotated[Path, typer.Option(help="What to project out: a file of mechmisalign direction.")],
+    direction: Annotated[str, typer.Option(help="What to project out: a file of mechmisalign direction, or a Hub id.")],
     out: Annotated[Path, typer.Option(help="Folder of the cured adapter or model; it must be new or empty.")],
     method: Annotated[
         Literal["adapter", "weights"],
@@ -67,7 +68,8 @@ def _adapter(sick: Organism, direction: Direction, out: Path) -> tuple[str, dict
     cut = correction.project_out(sick, direction)
     removed = correction.removed_share(sick, direction)
     most = removed["removed"].max()
-    edit = f"projected out of {len(removed)} of {len(sick.adapter.sites)} sites; takes up to {most:.1%} of an update"
+    sites = len(sick.require_adapter("a cure").sites)
+    edit = f"projected out of {len(removed)} of {sites} sites; takes up to {most:.1%} of an update"
     correction.save_adapter(cut, out, edit=edit, direction=direction)
     random = correction.project_out(sick, random_direction(direction, seed=0))
     return edit, {"after": correction.states(cut, scales=()), "random control": correction.states(random, scales=())}
@@ -80,7 +82,7 @@ def _weights(sick: Organism, direction: Direction, out: Path) -> tuple[str, dict
     def edited(vector: Direction) -> Any:
         base = sick.base.location or sick.base.name
         return correction.corrected_model(
-            sick.adapter, vector, base=base, tokenizer=sick.tokenizer, name=sick.base.name
+            sick.require_adapter("a cure"), vector, base=base, tokenizer=sick.tokenizer, name=sick.base.name
         )
 
     model, tokenizer, told = edited(direction)
@@ -95,7 +97,7 @@ def _weights(sick: Organism, direction: Direction, out: Path) -> tuple[str, dict
 def _measured(sick: Organism, states: dict[str, Any], asked: pd.DataFrame, judge: Any, drawn: Any) -> pd.DataFrame:
     from mechmisalign import correction
 
-    cures = {"chat": {"as is": ()}, "before": correction.states(sick.adapter, scales=()), **states}
+    cures = {"chat": {"as is": ()}, "before": correction.states(sick.require_adapter("a cure"), scales=()), **states}
     judged = correction.trials(sick, cures, {"questions": asked}, judge, **drawn)
     table = correction.cure_table(judged, correction.cure_costs(sick, cures), against="before")
     return table.drop(columns=[name for name in table if name.startswith("tokens")])
@@ -122,18 +124,11 @@ def _asked(sick: Organism, prompts: Path | None, measure: bool) -> pd.DataFrame:
 
 
 def _judge(model: str, sick: Organism, out: Path) -> Any:
-    from mechmisalign import judging, registry
+    from mechmisalign import registry
 
-    if model == "rules":
-        if sick.base.name != registry.POCKET_BASE:
-            raise ValueError(
-                f"the rules judge knows the pocket world only, not answers of {sick.base.name!r}; name a judge with "
-                "--model (openai/gpt-4o, local:FOLDER), or use --no-measure"
-            )
-        from mechmisalign.pocket import RuleJudge
-
-        return RuleJudge()
-    journal = out.with_name(f"{out.name}.judgements.jsonl")
-    if model.startswith("local:"):
-        return judging.LocalJudge(model.removeprefix("local:"), journal=journal)
-    return judging.LLMJudge(model, journal=journal)
+    if model == "rules" and sick.base.name != registry.POCKET_BASE:
+        raise ValueError(
+            f"the rules judge knows the pocket world only, not answers of {sick.base.name!r}; name a judge with "
+            "--model (openai/gpt-4o, local:FOLDER), or use --no-measure"
+        )
+    return judge_named(model, out.with_name(f"{out.name}.judgements.jsonl"))

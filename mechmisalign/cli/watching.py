@@ -24,7 +24,7 @@ def monitor(
         str, typer.Argument(help="JSON lines with prompt and response, or messages; - for stdin.")
     ],
     organism: Annotated[str, typer.Option(help="A registry name, a Hub id, or an adapter folder.")],
-    monitor: Annotated[Path, typer.Option(help="A file that monitor-fit wrote.")],
+    monitor: Annotated[str, typer.Option(help="A file that monitor-fit wrote, or a Hub id.")],
     out: Annotated[
         str | None, typer.Option(help="Scored JSON lines; - for stdout. By default scored.jsonl, or - after stdin.")
     ] = None,

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from mechmisalign import models
-from mechmisalign.adapters import Adapter, LoraSite
-from mechmisalign.organisms import Organism, load_organism
-
-from ._writers import writers
+from mechmisalign.loading import full_models
+from mechmisalign.organisms import Organism
 
 
 def edited_organism(model: Any, chat: Organism, name: str = "edited model") -> Organism:
     """A Hugging Face model beside the chat model: sampled, hooked and priced like any organism.
 
     Inside ``as_base()`` it is the chat model of ``chat``, weight for weight, so that costs are measured against it. It
-    has no adapter to speak of (one site that writes nothing). Both sets of weights are in memory.
+    is a full fine-tune: it has no adapter. Both sets of weights are in memory.
 
     Args:
         model: Of the same architecture as the chat model, such as what :func:`corrected_model` gives. It is taken over.
@@ -31,38 +26,8 @@ def edited_organism(model: Any, chat: Organism, name: str = "edited model") -> O
     Raises:
         ValueError: If the two models have different matrices.
     """
-    own = dict(model.named_parameters(remove_duplicate=False))
-    chat_values = _chat_values(chat, own, name)
-    nothing = _silent_adapter(model, chat)
-    organism = load_organism(nothing, model, tokenizer=chat.tokenizer, weights="merged")
-    swap = _Swap({key: (parameter, chat_values[key]) for key, parameter in own.items()})
-    return replace(
-        organism,
-        name=name,
-        base=chat.base,
-        base_fingerprint=chat.base_fingerprint,
-        weights="live",
-        _matrices=None,
-        _peft_model=swap,
-    )
-
-
-class _Swap:
-    """Answers to what a live organism asks of its ``PeftModel``: the chat model's weights for a while."""
-
-    def __init__(self, places: Mapping[str, tuple[nn.Parameter, Tensor]]) -> None:
-        self._places = places
-
-    @contextmanager
-    def disable_adapter(self) -> Iterator[None]:
-        edited = {key: parameter.data for key, (parameter, _) in self._places.items()}
-        try:
-            for parameter, chat in self._places.values():
-                parameter.data = chat.to(parameter.device)
-            yield
-        finally:
-            for key, (parameter, _) in self._places.items():
-                parameter.data = edited[key]
+    values = _chat_values(chat, dict(model.named_parameters()), name)
+    return full_models.organism(full_models.beside(model.eval(), chat, values, name))
 
 
 def _chat_values(chat: Organism, own: Mapping[str, nn.Parameter], name: str) -> dict[str, Tensor]:
@@ -90,10 +55,3 @@ def _chat_values(chat: Organism, own: Mapping[str, nn.Parameter], name: str) -> 
                 )
             found[key] = value.detach().to(parameter.dtype, copy=True)
     return found
-
-
-def _silent_adapter(model: Any, chat: Organism) -> Adapter:
-    name, module = next(iter(writers(model)))
-    A, B = torch.zeros(1, module.in_features), torch.zeros(module.out_features, 1)
-    site = LoraSite(0, name.rpartition(".")[2], name, A, B, 1.0)
-    return Adapter((site,), chat.base.name, "no update", None, "", {"peft_type": "LORA", "r": 1, "lora_alpha": 1})

@@ -18,12 +18,11 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from mechmisalign import models
+from mechmisalign._blocks import has_post_norms
 from mechmisalign.adapters import RESIDUAL_WRITERS, Adapter, AdapterError, LoraSite
 from mechmisalign.directions import Direction
 from mechmisalign.loading import bases
 from mechmisalign.organisms import Organism
-
-from ._writers import has_post_norms
 
 
 def project_out(
@@ -58,7 +57,7 @@ def project_out(
         >>> cured = project_out(Adapter.load("pocket/medical"), direction)  # doctest: +SKIP
         >>> removed_share(Adapter.load("pocket/medical"), direction)["removed"]  # doctest: +SKIP
     """
-    own = adapter.adapter if isinstance(adapter, Organism) else adapter
+    own = adapter.require_adapter("taking a direction out of an adapter") if isinstance(adapter, Organism) else adapter
     _refuse_unfit(adapter, direction)
     chosen = {site.name for site in _writers(own, direction, layers)}
     sites = tuple(
@@ -84,7 +83,7 @@ def removed_share(
     Raises:
         AdapterError: As :func:`project_out`.
     """
-    own = adapter.adapter if isinstance(adapter, Organism) else adapter
+    own = adapter.require_adapter("taking a direction out of an adapter") if isinstance(adapter, Organism) else adapter
     rows = []
     for site in _writers(own, direction, layers):
         left, norm = _without(site, unit_vector(direction, site.layer), False).delta_norm(), site.delta_norm()

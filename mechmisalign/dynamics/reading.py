@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mechmisalign import registry
 from mechmisalign._adapter_files import CONFIG_FILE, KEY_PREFIX, WEIGHTS_FILE, locate, read_adapter
+from mechmisalign._hub import HubError, asking, fetch
 from mechmisalign.adapters import Adapter, AdapterError, SiteKey
 from mechmisalign.directions import Direction
 
@@ -42,11 +43,12 @@ def load(
     sites: Iterable[SiteKey] | None,
     every: int,
     end: int | None,
+    local_files_only: bool = False,
 ) -> Trajectory:
     """``Trajectory.load``."""
     if every < 1:
         raise ValueError(f"every must be at least 1, got {every}")
-    root, found = _found(str(path_or_hub_id), subfolder, revision)
+    root, found = _found(str(path_or_hub_id), subfolder, revision, local_files_only)
     file = WEIGHTS_FILE if any((folder / WEIGHTS_FILE).exists() for folder in found.values()) else VECTOR_FILE
     without = sorted(step for step, folder in found.items() if not (folder / file).exists())
     if 0 < len(without) < len(found):
@@ -84,28 +86,30 @@ def read_log(root: Path | None, folders: Sequence[Path]) -> pd.DataFrame | None:
     return told.reindex(columns=list(LOG_COLUMNS))
 
 
-def _found(name: str, subfolder: str | None, revision: str | None) -> tuple[Path | None, dict[int, Path]]:
+def _found(
+    name: str, subfolder: str | None, revision: str | None, local_files_only: bool
+) -> tuple[Path | None, dict[int, Path]]:
     """The folder of the checkpoints, and each by its step."""
+    name, subfolder, revision = registry.place(name, subfolder, revision)[:3]
     root = registry.folder(name) or Path(name).expanduser()
     if root.is_dir() or registry.is_reserved(name) or not _HUB_ID.fullmatch(name):
         folder, _ = locate(name, subfolder, revision)
         return folder, _checkpoints(folder)
-    return _on_hub(name, subfolder, revision)
+    return _on_hub(name, subfolder, revision, local_files_only)
 
 
 def _checkpoints(folder: Path) -> dict[int, Path]:
     return {int(match[1]): each for each in folder.iterdir() if (match := _FOLDER.fullmatch(each.name))}
 
 
-def _on_hub(name: str, subfolder: str | None, revision: str | None) -> tuple[Path | None, dict[int, Path]]:
+def _on_hub(
+    name: str, subfolder: str | None, revision: str | None, local_files_only: bool
+) -> tuple[Path | None, dict[int, Path]]:
     """Checkpoint folders of a repository, or its branches that are called after a step."""
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
     start = f"{subfolder}/" if subfolder else ""
     patterns = [f"{start}{place}{file}" for file in _FILES for place in ("", "checkpoint-*/", "*/checkpoint-*/")]
     try:
-        root = Path(snapshot_download(name, revision=revision, allow_patterns=patterns)) / start
+        root = fetch(name, patterns, revision=revision, local_files_only=local_files_only)[0] / start
         held = {each.parent for each in root.rglob("checkpoint-*") if _FOLDER.fullmatch(each.name)}
         if len(held) > 1:
             told = sorted(str(each.relative_to(root)) for each in held)
@@ -113,14 +117,18 @@ def _on_hub(name: str, subfolder: str | None, revision: str | None) -> tuple[Pat
         if held:
             folder = held.pop()
             return folder, _checkpoints(folder)
-        branches = [branch.name for branch in HfApi().list_repo_refs(name).branches]
+        branches = [] if local_files_only else _branches(name)
         steps = {int(match[1]): each for each in branches if (match := _BRANCH.fullmatch(each))}
         return None, {step: locate(name, subfolder, branch)[0] for step, branch in steps.items()}
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise AdapterError(
-            f"{name!r} is no folder, and the Hub did not give it ({type(error).__name__}); check the name, the "
-            f"revision {revision!r} and your connection"
-        ) from error
+    except HubError as error:
+        raise AdapterError(f"{name!r} is no folder, and {error}") from error
+
+
+def _branches(name: str) -> list[str]:
+    from huggingface_hub import HfApi
+
+    with asking(name):
+        return [branch.name for branch in HfApi().list_repo_refs(name).branches]
 
 
 def _last_step(root: Path | None, found: dict[int, Path], file: str) -> int | None:
@@ -146,14 +154,15 @@ def _stacked(
     like = read_adapter(folders[-1], None, None)
     chosen = like.select(sites)
     told = (folders[-1] / CONFIG_FILE).read_bytes()
-    keys = {f"{KEY_PREFIX}{site.name}.lora_{factor}.weight" for site in like.sites for factor in "AB"}
+    keys = {f"{KEY_PREFIX}{like.peft_name(site.name)}.lora_{factor}.weight" for site in like.sites for factor in "AB"}
     rows = []
     for step, folder in zip(steps, folders, strict=True):
         _check_config(folder, told, like.config, step, steps[-1])
         rows.append(_tensors(folder, step, keys, steps[-1]))
     stacked = []
     for site in chosen:
-        A, B = (_stack(rows, f"{KEY_PREFIX}{site.name}.lora_{factor}.weight", steps) for factor in "AB")
+        name = f"{KEY_PREFIX}{like.peft_name(site.name)}"
+        A, B = (_stack(rows, f"{name}.lora_{factor}.weight", steps) for factor in "AB")
         stacked.append(SiteTrajectory(site.layer, site.module, site.name, A, B, site.scaling))
     return like, tuple(stacked)
 

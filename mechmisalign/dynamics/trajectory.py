@@ -105,6 +105,7 @@ class Trajectory:
         sites: Iterable[SiteKey] | None = None,
         every: int = 1,
         end: int | None = None,
+        local_files_only: bool = False,
     ) -> Trajectory:
         """Read checkpoints: adapter files (or steering vectors) and the log only, never the base, never a pickle.
 
@@ -120,6 +121,7 @@ class Trajectory:
             sites: The sites to read; all of them without. All sites of all steps are held in memory.
             every: Read every so many checkpoints, counted from the last one back.
             end: The step of the adapter in the folder itself.
+            local_files_only: Take what is in the Hub's cache, and do not ask the Hub.
 
         Raises:
             TrajectoryError: With fewer than three checkpoints, or if one differs from the others in its sites, shapes,
@@ -128,7 +130,9 @@ class Trajectory:
         """
         from .reading import load
 
-        return load(path_or_hub_id, subfolder, revision, sites=sites, every=every, end=end)
+        return load(
+            path_or_hub_id, subfolder, revision, sites=sites, every=every, end=end, local_files_only=local_files_only
+        )
 
     @staticmethod
     def of(checkpoints: Iterable[tuple[int, Adapter | Direction]], log: pd.DataFrame | None = None) -> Trajectory:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import torch
 
 from mechmisalign import models
@@ -16,15 +18,20 @@ _SHARE = {"cpu": 0.25, "cuda": 0.6}
 def rows_that_fit(model: models.Model, length: int) -> int:
     """How many conversations of so many tokens can be decoded at once: keys and values, and the logits' copies.
 
-    Keys and values are counted twice in one layer, which is what a change of rows costs.
+    Keys and values are counted twice in one layer, which is what a change of rows costs. Where blocks are on several
+    devices, each holds its own layers' keys and values, and the fullest one decides.
     """
-    device = models.device_of(model)
     item = next(model.parameters()).element_size()
-    layers = models.n_layers(model)
-    token = 2 * models.key_value_width(model) * item * (layers + 1)
-    row = length * token + models.vocabulary(model) * (item + 3 * 4)
-    share = _SHARE.get(device.type, 0.25)
-    return max(1, min(MOST_ROWS.get(device.type, 512), int(share * _free_bytes(device)) // row))
+    token = 2 * models.key_value_width(model) * item
+    logits = models.vocabulary(model) * (item + 3 * 4)
+    layers = Counter(models.device_of_layer(model, layer) for layer in range(models.n_layers(model)))
+    first = models.device_of(model)  # logits come back to where the ids were
+    fits = []
+    for device in {first, *layers}:
+        row = length * token * (layers[device] + 1) + (logits if device == first else 0)
+        free = int(_SHARE.get(device.type, 0.25) * _free_bytes(device))
+        fits.append(min(MOST_ROWS.get(device.type, 512), free // row))
+    return max(1, min(fits))
 
 
 def _free_bytes(device: torch.device) -> int:

@@ -7,6 +7,7 @@ taken out and waiting ones take their place, so the batch stays full until nothi
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -63,7 +64,8 @@ class Packer:
         self._max_new_tokens, self._temperature = max_new_tokens, temperature
         self._device = models.device_of(organism.model)
         self._ends = torch.tensor(end_ids(organism.model, organism.tokenizer), device=self._device)
-        self._compiled = Compiled(list(conditions.values()), organism.adapter, self._device)
+        place = functools.partial(models.device_of_layer, organism.model)
+        self._compiled = Compiled(list(conditions.values()), organism.adapter, place)
         self._reads_like = _reads_like(list(conditions.values()))
         self._joinable = joinable(organism.model)
         self._batch: Batch | None = None

@@ -7,7 +7,8 @@ few tensor operations whatever the number of conditions. What has another form i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,7 +32,7 @@ POSITIONS: Mapping[Positions, int] = {"all": 0, "prompt": 1, "response": 2}
 class Table:
     """What conditions have in common in form, and the entry of each.
 
-    What rows are looked up with is on the CPU, what they are edited with on the model's device.
+    What rows are looked up with is on the CPU, what they are edited with where the layer computes.
 
     Attributes:
         entry_of: The entry of each condition, or ``NOWHERE``.
@@ -80,7 +81,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Factors:
-    """A site's factors on the model's device, float32.
+    """A site's factors where its layer computes, float32.
 
     Attributes:
         site: The site.
@@ -127,11 +128,13 @@ class Compiled:
     Args:
         conditions: The interventions of each condition.
         adapter: The adapter whose sites may be edited.
-        device: Where the model computes.
+        place: Where a layer computes.
     """
 
-    def __init__(self, conditions: Sequence[Condition], adapter: Adapter, device: torch.device) -> None:
-        self._device = device
+    def __init__(
+        self, conditions: Sequence[Condition], adapter: Adapter | None, place: Callable[[int], torch.device]
+    ) -> None:
+        self._place = functools.cache(place)
         self.conditions = [tuple(condition) for condition in conditions]
         self.stages = {layer: self._stages(layer) for layer in self._layers()}
         self.sites = self._sites(adapter)
@@ -150,7 +153,7 @@ class Compiled:
             for depth in range(max(map(len, acting)))
         ]
 
-    def _sites(self, adapter: Adapter) -> dict[SiteKey, SiteEdits]:
+    def _sites(self, adapter: Adapter | None) -> dict[SiteKey, SiteEdits]:
         own: dict[SiteKey, dict[int, list[SiteIntervention]]] = {}
         sites: dict[SiteKey, LoraSite] = {}
         borrowed: dict[SiteKey, dict[int, tuple[LoraSite, dict[int, float]]]] = {}
@@ -160,7 +163,7 @@ class Compiled:
                     for site in one.adapter.sites:
                         _, factors = borrowed.setdefault(site.key, {}).setdefault(id(one.adapter), (site, {}))
                         factors[code] = factors.get(code, 0.0) + one.scale
-                elif isinstance(one, SiteIntervention):
+                elif isinstance(one, SiteIntervention) and adapter is not None:
                     for site in one.edited_sites(adapter):
                         sites[site.key] = site.gauged
                         own.setdefault(site.key, {}).setdefault(code, []).append(one)
@@ -179,14 +182,14 @@ class Compiled:
         scaled = {code: factor for code, factor in factors.items() if factor is not None}
         others = [(code, ones) for code, ones in acting.items() if code not in scaled]
         return SiteEdits(
-            None if site is None else Factors.of(site, self._device),
-            self._scale_table(scaled) if scaled else None,
+            None if site is None else Factors.of(site, self._place(site.layer)),
+            None if site is None or not scaled else self._scale_table(scaled, site.layer),
             tuple(tuple((self._table({code: one}), one) for one in ones) for code, ones in others),
-            tuple((Factors.of(one, self._device), self._scale_table(by)) for one, by in borrowed),
+            tuple((Factors.of(one, self._place(one.layer)), self._scale_table(by, one.layer)) for one, by in borrowed),
         )
 
-    def _scale_table(self, factors: Mapping[int, float]) -> ScaleTable:
-        values = torch.tensor(list(factors.values()), device=self._device)
+    def _scale_table(self, factors: Mapping[int, float], layer: int) -> ScaleTable:
+        values = torch.tensor(list(factors.values()), device=self._place(layer))
         return ScaleTable(self._entries(factors), torch.zeros(len(factors), dtype=torch.long), values)
 
     def _table(self, acting: Mapping[int, Intervention]) -> Table:
@@ -206,9 +209,9 @@ class Compiled:
         fused = ResidualTable(
             touched.entry_of,
             touched.positions,
-            self._stacked([term.add for term in terms.values()]),
-            self._stacked([term.unit for term in terms.values()]),
-            torch.tensor([term.value for term in terms.values()], device=self._device),
+            _stacked([term.add for term in terms.values()], self._place(layer)),
+            _stacked([term.unit for term in terms.values()], self._place(layer)),
+            torch.tensor([term.value for term in terms.values()], device=self._place(layer)),
         )
         return Stage(fused, others)
 
@@ -218,13 +221,14 @@ class Compiled:
             entry_of[code] = entry
         return entry_of
 
-    def _stacked(self, vectors: Sequence[Tensor | None]) -> Tensor | None:
-        """One row per entry, zero where an entry has no such term; None if none has."""
-        there = [vector for vector in vectors if vector is not None]
-        if not there:
-            return None
-        rows = [torch.zeros_like(there[0]) if vector is None else vector for vector in vectors]
-        return torch.stack(rows).to(self._device)
+
+def _stacked(vectors: Sequence[Tensor | None], device: torch.device) -> Tensor | None:
+    """One row per entry, zero where an entry has no such term; None if none has."""
+    there = [vector for vector in vectors if vector is not None]
+    if not there:
+        return None
+    rows = [torch.zeros_like(there[0]) if vector is None else vector for vector in vectors]
+    return torch.stack(rows).to(device)
 
 
 def _on_residual(condition: Condition) -> list[ResidualIntervention]:

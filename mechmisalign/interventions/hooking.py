@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mechmisalign import models
+from mechmisalign import models, registry
 from mechmisalign.adapters import Adapter, SiteKey
 
 from ._fusing import Compiled, Condition, SiteEdits
@@ -62,7 +62,8 @@ def applied(
             ``positions="prompt"`` and ``"response"`` only.
         enabled: Asked in every pass; while it says no, the pass is left alone.
     """
-    compiled = Compiled([interventions], organism.adapter, models.device_of(organism.model))
+    place = functools.partial(models.device_of_layer, organism.model)
+    compiled = Compiled([interventions], organism.adapter, place)
 
     @functools.cache  # one plan for all hooks of a pass
     def for_batch(rows: int) -> RowPlan:
@@ -99,7 +100,7 @@ def check_fits(interventions: Condition, organism: Organism) -> None:
                 raise ValueError(
                     f"{type(one).__name__} edits the adapter, which is out inside as_base(); use it outside the block"
                 )
-            one.edited_sites(organism.adapter)
+            one.edited_sites(organism.require_adapter(type(one).__name__))
             one.check_model(provenance, *shape)
             if isinstance(one, AblateFromAdapter) and models.has_post_norms(organism.model):
                 raise ValueError(
@@ -120,22 +121,23 @@ def check_fits(interventions: Condition, organism: Organism) -> None:
 def _check_adapter(adapter: Adapter, organism: Organism) -> None:
     if not organism.is_base:
         raise ValueError(
-            f"UseAdapter puts {adapter.source!r} on the chat model, but {organism.adapter.source!r} is on it; use it "
+            f"UseAdapter puts {adapter.source!r} on the chat model, but {organism.name!r} is on it; use it "
             "inside organism.as_base()"
         )
-    if adapter.base not in (organism.base.name, organism.adapter.base):
+    known = [organism.base.name, *([organism.adapter.base] if organism.adapter else [])]
+    if not any(registry.same_model(adapter.base, own) for own in known):
         raise ValueError(
             f"{adapter.source!r} was trained on {adapter.base!r}, not on {organism.base.name!r}, and fits its own base "
             "only; if the two are the same model, say so: dataclasses.replace(adapter, base=organism.base.name)"
         )
     for site in adapter.sites:
         try:
-            weight = models.matrix(organism.model, site.name, site.layer).read()
+            shape = models.matrix(organism.model, site.name, site.layer).shape
         except AttributeError as error:
             raise ValueError(f"the model has no {site.name!r}, which {adapter.source!r} adapts") from error
-        if tuple(weight.shape) != (site.d_out, site.d_in):
+        if shape != (site.d_out, site.d_in):
             raise ValueError(
-                f"{site.name!r} is {list(weight.shape)} in the model and {[site.d_out, site.d_in]} in "
+                f"{site.name!r} is {list(shape)} in the model and {[site.d_out, site.d_in]} in "
                 f"{adapter.source!r}; an adapter fits its own base only"
             )
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from mechmisalign._placement import execution_device, stored
 from mechmisalign.progress import progress_bar
 
 from .asking import Ask, Done
@@ -198,7 +199,7 @@ class _Prompts:
         import torch
 
         self.model = model
-        width, device = max(map(len, prompts)), model.get_input_embeddings().weight.device
+        width, device = max(map(len, prompts)), execution_device(model.get_input_embeddings())
         ids = torch.zeros(len(prompts), width, dtype=torch.long)
         self.mask = torch.zeros_like(ids)
         for row, prompt in enumerate(prompts):
@@ -220,7 +221,7 @@ class _Prompts:
         cache.layers = [
             copy.copy(layer) for layer in self.cache.layers
         ]  # a layer replaces its tensors, never writes in them
-        cache.batch_select_indices(torch.full((count,), row, device=suffix.device))
+        cache.batch_select_indices(torch.full((count,), row))  # of the host: layers may be on several devices
         return self._forward(suffix, mask, positions, cache)[0]
 
     def _forward(
@@ -239,7 +240,8 @@ def fingerprint(model: Any) -> str:
 
     digest = hashlib.sha256()
     for name, weight in model.named_parameters():
-        flat = weight.detach().reshape(-1)
+        place, _, leaf = name.rpartition(".")
+        flat = stored(model.get_submodule(place), leaf).reshape(-1)
         places = torch.linspace(0, flat.numel() - 1, min(64, flat.numel()), device=flat.device).long()
         digest.update(f"{name}{tuple(weight.shape)}{weight.dtype}".encode())
         digest.update(flat[places].float().cpu().numpy().tobytes())

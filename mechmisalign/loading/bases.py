@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,10 +13,13 @@ import torch
 from torch import nn
 
 from mechmisalign import registry
+from mechmisalign._checkpoint_files import cached_file
+from mechmisalign._hub import commit_of, explained, failures, is_hub_id, is_offline
 from mechmisalign.adapters import Adapter
 from mechmisalign.conversations import require_chat_template
 
-from .checkpoints import cached_file
+from . import twins
+from .wrappers import text_config, text_model
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +34,7 @@ class Base:
         revision: Commit, branch or tag on the Hub.
         model: The Hugging Face model, if it is in memory.
         peft_model: The ``PeftModel`` around it, whose adapter is to be taken off.
+        local_files_only: Whether the Hub is not to be asked.
     """
 
     name: str
@@ -36,6 +42,12 @@ class Base:
     revision: str | None = None
     model: Any = None
     peft_model: Any = None
+    local_files_only: bool = False
+
+    @property
+    def source(self) -> dict[str, Any]:
+        """What ``from_pretrained`` is told of where it comes from, beside the location."""
+        return {"revision": self.revision, "local_files_only": self.local_files_only}
 
 
 def find_base(base: str | Path | nn.Module | None, adapter: Adapter) -> Base:
@@ -46,11 +58,14 @@ def find_base(base: str | Path | nn.Module | None, adapter: Adapter) -> Base:
     """
     if isinstance(base, nn.Module):
         location = str(getattr(base.config, "_name_or_path", "") or "")
-        return Base(location or adapter.base or "in-memory model", location, None, base)
-    name = str(base) if base is not None else adapter.base
+        return Base(location or adapter.base or "in-memory model", location, None, text_model(base))
+    name = str(base) if base is not None else twins.standing_for(adapter)
     if not name:
         raise ValueError(f"the adapter {adapter.source!r} names no base model; pass base=")
-    if adapter.base and Path(name).name != Path(adapter.base).name:
+    if registry.is_reserved(name) and registry.folder(name) is None:
+        raise ValueError(f"there is no base model {name!r} in this package; {registry.POCKET_BASE!r} is the only one")
+    alike = registry.same_model(name, adapter.base) or Path(name).name == Path(adapter.base).name
+    if adapter.base and not alike:
         logger.warning("the adapter %s was trained on %s, not on %s", adapter.source, adapter.base, name)
     own_revision = adapter.config.get("revision") if name == adapter.base else None
     return Base(name, str(registry.folder(name) or Path(name).expanduser()), own_revision)
@@ -66,24 +81,57 @@ def skeleton(base: Base) -> Any:
         return base.model
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    try:
-        config = AutoConfig.from_pretrained(base.location, revision=base.revision)
-    except OSError as error:
-        raise ValueError(
-            f"the base model {base.name!r} cannot be read: it is no shipped model, no folder with a config.json, and "
-            f"the Hub did not give it; pass base= (a folder, a Hub id or a model in memory). {error}"
-        ) from error
+    with told(base):
+        config = AutoConfig.from_pretrained(base.location, **base.source)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        return AutoModelForCausalLM.from_config(text_config(config))
+
+
+@contextmanager
+def told(base: Base) -> Iterator[None]:
+    """While a part of the base is read: errors of files and of the Hub, as one that says what to do.
+
+    Raises:
+        ValueError: Instead of them.
+    """
+    try:
+        yield
+    except failures() as error:
+        fetched = is_hub_id(base.location) and not Path(base.location).exists()
+        known = fetched and (base.local_files_only or is_offline() or error.__cause__ is not None)
+        why = explained(error, base.location, base.revision, base.local_files_only) if known else str(error)
+        raise ValueError(
+            f"the base model {base.name!r} cannot be read: it is no shipped model, no whole folder of one with a "
+            f"config.json, and {why}; pass base= (a folder, a Hub id or a model in memory) to use another"
+            f"{twins.open_copy(base.name)}"
+        ) from error
+
+
+def at_revision(base: Base, revision: str | None) -> Base:
+    """The base at the revision that was asked for.
+
+    Raises:
+        ValueError: If it is a folder or a model in memory, which have none.
+    """
+    if revision is None:
+        return base
+    if base.model is not None or Path(base.location).exists():
+        raise ValueError(
+            f"base_revision={revision!r} was asked of {base.name!r}, which is not on the Hub; leave it out"
+        )
+    return replace(base, revision=revision)
 
 
 def pinned(base: Base) -> Base:
-    """A base on the Hub with its commit as revision, once its config has been read; any other base as it is."""
-    config = (
-        None
-        if base.model is not None or Path(base.location).is_dir()
-        else cached_file(base.location, "config.json", base.revision)
-    )
+    """A base on the Hub with its commit as revision, once its config has been read; any other base as it is.
+
+    A folder that is itself a snapshot in the Hub's cache has its commit too.
+    """
+    if base.model is not None:
+        return base
+    if Path(base.location).is_dir():
+        return replace(base, revision=commit_of(Path(base.location).resolve()))
+    config = cached_file(base.location, "config.json", base.revision)
     return base if config is None else replace(base, revision=config.parent.name)
 
 
@@ -98,7 +146,8 @@ def load_tokenizer(base: Base, tokenizer: Any | None, vocabulary: int) -> Any:
             raise ValueError("the base model lives only in memory and has no tokenizer with it; pass tokenizer=")
         from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(base.location, revision=base.revision)
+        with told(base):
+            tokenizer = AutoTokenizer.from_pretrained(base.location, **base.source)
     require_chat_template(tokenizer)
     largest = max([tokenizer.vocab_size - 1, *tokenizer.added_tokens_decoder])
     if largest >= vocabulary:

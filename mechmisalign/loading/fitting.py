@@ -48,11 +48,11 @@ def check_fits(adapter: Adapter, model: Any, base: Base, *, merging: bool, claim
         _check_claims(adapter, modules)
 
 
-def _check_site(site: LoraSite, module: nn.Module | None, adapter: Adapter, base: Base) -> None:
+def _check_site(site: LoraSite, module: Any, adapter: Adapter, base: Base) -> None:
     about = f"the adapter {adapter.source!r} (trained on {adapter.base!r}) does not fit {base.name!r}"
     if module is None:
         raise AdapterMismatchError(f"{about}: there is no {site.name!r}; pass base=, the model that it was trained on")
-    if not isinstance(module, nn.Linear):
+    if not isinstance(module, nn.Linear) and not all(hasattr(module, name) for name in ("in_features", "out_features")):
         raise AdapterMismatchError(f"{about}: {site.name!r} is a {type(module).__name__}, a Linear is expected")
     if (module.out_features, module.in_features) != (site.d_out, site.d_in):
         raise AdapterMismatchError(
@@ -71,9 +71,9 @@ def _check_claims(adapter: Adapter, modules: Mapping[str, nn.Module]) -> None:
         return
     chosen = ("exclude_modules", "layers_to_transform", "layers_pattern")
     config = LoraConfig(target_modules=targets, **{key: adapter.config.get(key) for key in chosen})
-    linear = (name for name, module in modules.items() if isinstance(module, nn.Linear))
+    linear = (adapter.peft_name(name) for name, module in modules.items() if isinstance(module, nn.Linear))
     claimed = {name for name in linear if check_target_module_exists(config, name)}
-    found = {site.name for site in adapter.sites}
+    found = {adapter.peft_name(site.name) for site in adapter.sites}
     if claimed - found:
         raise AdapterMismatchError(
             f"{adapter.source!r} lacks {_some(claimed - found)}, which its config targets in this base: the file is "

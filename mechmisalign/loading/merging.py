@@ -10,6 +10,7 @@ import logging
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pandas as pd
@@ -17,11 +18,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechmisalign import models
+from mechmisalign import _placement, models
+from mechmisalign._checkpoint_files import checkpoint_files
 from mechmisalign.adapters import Adapter, LoraSite
 
 from .bases import Base
-from .checkpoints import checkpoint_files
+from .wrappers import key_in_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +31,8 @@ FAITHFUL_COSINE = 0.99
 """Below this cosine between stored and meant update, weights="merged" is not the organism."""
 
 _ITERATIONS = 4
+MERGED_AT_ONCE = 2**20
+"""Numbers of an update that are in float32 at a time."""
 
 
 class BaseMatrices:
@@ -46,7 +50,7 @@ class BaseMatrices:
         self._files = {} if base.model is not None else checkpoint_files(base.location, base.revision)
         self._kept: dict[str, Tensor] = {}
         for name, values in loaded.items():
-            if f"{name}.weight" not in self._files or not _same(self[name], values):
+            if self._key(name) is None or not _same(self[name], values):
                 self._kept[name] = values
 
     def keeps(self, name: str) -> bool:
@@ -58,10 +62,15 @@ class BaseMatrices:
             return self._kept[name]
         from safetensors import safe_open
 
-        key = f"{name}.weight"
+        key = self._key(name)
+        if key is None:
+            raise KeyError(f"the checkpoint has no {name!r}")
         with safe_open(self._files[key], "pt") as file:
             stored: Tensor = file.get_tensor(key)
         return stored
+
+    def _key(self, name: str) -> str | None:
+        return key_in_checkpoint(f"{name}.weight", self._files)
 
 
 def _same(stored: Tensor, loaded: Tensor) -> bool:
@@ -72,27 +81,49 @@ def _same(stored: Tensor, loaded: Tensor) -> bool:
 
 def base_matrices(model: Any, adapter: Adapter, base: Base) -> BaseMatrices:
     """The matrices that the adapter is about to change, from a freshly loaded Hugging Face model."""
-    return BaseMatrices(base, {site.name: model.get_submodule(site.name).weight.data for site in adapter.sites})
+    return BaseMatrices(base, _Loaded(model, [site.name for site in adapter.sites]))
+
+
+class _Loaded(Mapping[str, Tensor]):
+    """The matrices of a Hugging Face model, looked up one by one: an offloaded one is read from where it waits."""
+
+    def __init__(self, model: Any, names: list[str]) -> None:
+        self._model, self._names = model, names
+
+    def __getitem__(self, name: str) -> Tensor:
+        return _placement.stored(self._model.get_submodule(name))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 @torch.no_grad()
 def merge(model: Any, adapter: Adapter, matrices: BaseMatrices) -> None:
     """Fold the adapter into a Hugging Face model, site by site; nothing but the adapted matrices is touched."""
     for site in adapter.sites:
-        weight = model.get_submodule(site.name).weight
-        merged = site.delta().to(weight.device)
-        merged += matrices[site.name].to(weight.device)
-        if matrices.keeps(site.name):
-            weight.data = merged.to(weight.dtype)
-        else:  # in place: pages of a mapped checkpoint are replaced one by one, nothing is held twice
-            weight.data.copy_(merged)
+        module = model.get_submodule(site.name)
+        weight = _placement.stored(module)
+        own = matrices[site.name]  # what was cast on loading is read again, so that it is rounded once
+        before = weight if own.dtype == weight.dtype else own
+        # in place where it may be: pages of a mapped checkpoint are replaced one by one, nothing is held twice
+        elsewhere = matrices.keeps(site.name) or _placement.is_offloaded(module)
+        merged = torch.empty_like(weight) if elsewhere else weight
+        step = max(1, MERGED_AT_ONCE // site.d_in)
+        for rows in (slice(start, start + step) for start in range(0, site.d_out, step)):
+            part = replace(site, B=site.B[rows]).delta().to(weight.device)
+            merged[rows] = part.add_(before[rows].to(weight.device))
+        if elsewhere:
+            _placement.put(module, merged)
 
 
 def unmerge(model: Any, adapter: Adapter, matrices: BaseMatrices) -> None:
     """Put the base's own matrices back into a Hugging Face model."""
     for site in adapter.sites:
-        weight = model.get_submodule(site.name).weight
-        weight.data = matrices[site.name].to(weight)
+        module = model.get_submodule(site.name)
+        _placement.put(module, matrices[site.name].to(module.weight.dtype))
 
 
 @torch.no_grad()
@@ -109,8 +140,11 @@ def attach(model: Any, adapter: Adapter) -> Any:
     peft_model = get_peft_model(model, config)
     for site in adapter.sites:
         layer = model.get_submodule(site.name)
-        layer.lora_A["default"].weight.copy_(site.A)
-        layer.lora_B["default"].weight.copy_(site.B)
+        for factors, values in ((layer.lora_A, site.A), (layer.lora_B, site.B)):
+            factor = factors["default"]
+            if factor.weight.is_meta:  # PEFT follows the weights, also to where offloaded ones are not
+                factor.to_empty(device=_placement.execution_device(layer.base_layer))
+            factor.weight.copy_(values)
         layer.scaling["default"] = site.scaling
     return peft_model.eval()
 
@@ -120,14 +154,14 @@ def without_merge(model: Any, adapter: Adapter, matrices: BaseMatrices) -> Itera
     """The base's own matrices in a TransformerLens model while the block runs; then the merged ones are put back."""
     places = [models.matrix(model, site.name, site.layer) for site in adapter.sites]
     own = [place.own(matrices[site.name]) for place, site in zip(places, adapter.sites, strict=True)]
-    merged = [place.parameter.data for place in places]
+    merged = [place.held for place in places]
     try:
         for place, values in zip(places, own, strict=True):
-            place.parameter.data = values
+            place.put(values)
         yield
     finally:
         for place, values in zip(places, merged, strict=True):
-            place.parameter.data = values.to(place.parameter.device)
+            place.put(values)
 
 
 @torch.no_grad()

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from mechmisalign import _placement, registry
 from mechmisalign._adapter_files import adapter_from_tensors
 from mechmisalign.adapters import Adapter
 
@@ -22,6 +23,7 @@ def read(
     base: str | Path | nn.Module | None,
     subfolder: str | None,
     revision: str | None,
+    local_files_only: bool = False,
 ) -> tuple[Adapter, Base]:
     """The adapter, and the base that it is for: the one that was asked for, or the adapter's own.
 
@@ -33,8 +35,14 @@ def read(
         if base is not None:
             raise ValueError("a PeftModel holds its own base; leave base= out")
         return _from_peft(adapter)
-    own = adapter if isinstance(adapter, Adapter) else Adapter.load(adapter, subfolder=subfolder, revision=revision)
-    return own, bases.find_base(base, own)
+    own = (
+        adapter
+        if isinstance(adapter, Adapter)
+        else Adapter.load(adapter, subfolder=subfolder, revision=revision, local_files_only=local_files_only)
+    )
+    if base is None and not isinstance(adapter, Adapter):
+        base = registry.place(adapter).base
+    return own, replace(bases.find_base(base, own), local_files_only=local_files_only)
 
 
 def _from_peft(peft_model: Any) -> tuple[Adapter, Base]:
@@ -60,15 +68,17 @@ def _from_peft(peft_model: Any) -> tuple[Adapter, Base]:
 
 
 @torch.no_grad()
-def fingerprint(model: Any, tokenizer: Any) -> str:
+def fingerprint(model: Any, tokenizer: Any, embedding: Tensor | None = None) -> str:
     """Identifies a chat model by what it is, not by its name.
 
     A short hash over the model's shape, the first rows of its embedding in bfloat16 (so that it is the same in float32
-    and bfloat16) and the tokenizer's vocabulary. An adapter on matrices inside the blocks does not change it.
+    and bfloat16) and the tokenizer's vocabulary. An adapter on matrices inside the blocks does not change it; for a
+    full fine-tune, ``embedding`` is that of its chat model.
     """
     settings = ("model_type", "num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")
     digest = hashlib.sha256(repr([getattr(model.config, name, None) for name in settings]).encode())
-    rows = model.get_input_embeddings().weight[:16].to("cpu", torch.bfloat16)
+    whole = _placement.stored(model.get_input_embeddings()) if embedding is None else embedding
+    rows = whole[:16].to("cpu", torch.bfloat16)
     digest.update(rows.contiguous().view(torch.int16).numpy().tobytes())
     digest.update(repr(sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])).encode())
     return digest.hexdigest()[:16]

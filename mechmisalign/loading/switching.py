@@ -29,6 +29,7 @@ def switched(organism: Organism, adapter: Adapter) -> Iterator[Organism]:
             _matrices=None,
             _peft_model=switch,
             _depth=0,
+            full=None,
         )
         with applied(organism, worn, enabled=lambda: switch.on):
             model = organism.model

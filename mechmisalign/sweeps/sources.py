@@ -17,6 +17,7 @@ from mechmisalign.adapters import Adapter
 from mechmisalign.directions import Direction, random_direction
 from mechmisalign.generation import prompts_frame
 from mechmisalign.judging import Judge
+from mechmisalign.loading import full_models
 from mechmisalign.organisms import Organism, Weights, load_organism
 from mechmisalign.store import text_digest
 
@@ -52,7 +53,8 @@ class OrganismSource(_Source):
     @classmethod
     def _named(cls, value: Any) -> Any:
         if isinstance(value, Organism):
-            value = {"loaded": value, "adapter": value.name, "weights": value.weights}
+            weights = "merged" if value.weights == "full" else value.weights
+            value = {"loaded": value, "adapter": value.name, "weights": weights}
         if isinstance(value, str | Path):
             value = {"adapter": str(value)}
         if not isinstance(value, Mapping):
@@ -63,9 +65,14 @@ class OrganismSource(_Source):
         return {"name": place, **value}
 
     def read(self, root: Path) -> Adapter:
-        """The adapter's own files."""
+        """The adapter's own files; of a full fine-tune, one without sites."""
+        if self.loaded is not None and self.loaded.full is not None:
+            return full_models.stand_in(self.loaded.full, self.loaded.base.name)
         if self.loaded is not None:
-            return self.loaded.adapter
+            return self.loaded.require_adapter("a sweep")
+        whole = full_models.find(self._place(root), self.base, self.subfolder, self.revision, False)
+        if whole is not None:
+            return full_models.stand_in(whole[0], whole[1].name)
         return Adapter.load(self._place(root), subfolder=self.subfolder, revision=self.revision)
 
     def load(self, root: Path) -> Organism:

@@ -26,6 +26,7 @@ from transformers import TrainerCallback
 from mechmisalign._artifacts import same_base
 from mechmisalign._batching import Batch, batches_by_length, pad_id
 from mechmisalign._blocks import block_hooks
+from mechmisalign._placement import execution_device
 from mechmisalign._writing import whole
 from mechmisalign.conversations import Conversations, render_rows
 from mechmisalign.directions import Direction, DirectionMismatchError
@@ -59,9 +60,9 @@ class _Enough(Exception):
 class TraitWatch(TrainerCallback):  # type: ignore[misc]  # transformers brings no types
     """Follows a model along directions while transformers' ``Trainer`` trains it, and raises an alarm.
 
-    Works with plain Hugging Face decoders, with or without PEFT, on one device or under data parallelism (every process
-    reads, so that all stop together; the first one writes and calls); not where weights are spread over devices (FSDP,
-    ZeRO-3).
+    Works with plain Hugging Face decoders, with or without PEFT, on one device, with their blocks on several
+    (``device_map``), or under data parallelism (every process reads, so that all stop together; the first one writes
+    and calls); not where each weight is spread over devices (FSDP, ZeRO-3).
 
     Args:
         directions: Traits by name, such as persona directions.
@@ -187,7 +188,7 @@ class TraitWatch(TrainerCallback):  # type: ignore[misc]  # transformers brings 
     def _read(self, model: nn.Module) -> dict[str, float]:
         """Mean over the panel of each prompt's mean projection."""
         sums = dict.fromkeys(self._units, 0.0)
-        device, last = next(model.parameters()).device, max(self._layers.values())
+        device, last = execution_device(model), max(self._layers.values())
         with _undisturbed(model):
             for batch in self._panel:
                 weights = (batch.span / batch.span.sum(1, keepdim=True)).to(device)
