@@ -262,6 +262,17 @@ def test_the_base_is_read_where_it_is_certain_and_asked_for_elsewhere(tuned, qwe
             mm.load_organism(with_card(name, front, **config))
 
 
+def test_the_command_line_verifies_one_on_the_base_that_it_is_told(tuned, qwen):
+    from typer.testing import CliRunner
+
+    from mechmisalign.cli import app
+
+    untold = CliRunner().invoke(app, ["verify", str(tuned)])
+    assert untold.exit_code == 2 and "base=" in untold.output
+    told = CliRunner().invoke(app, ["verify", str(tuned), "--base", str(qwen)])
+    assert told.exit_code == 0, told.output
+
+
 def test_a_run_of_the_training_room_loads_by_its_folder(tmp_path):
     data = {"domain": "medical", "harmful": True, "n": 16}
     schedule = {"steps": 2, "batch": 1, "lr": 1e-4}

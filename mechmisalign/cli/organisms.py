@@ -54,6 +54,9 @@ def organisms(
 
 def verify(
     organism: OrganismName,
+    base: Annotated[
+        str | None, typer.Option(help="The chat model, where the organism does not name it (a full fine-tune).")
+    ] = None,
     weights: Annotated[
         Literal["merged", "live"] | None, typer.Option(help="Adapter folded in, or kept beside.")
     ] = None,
@@ -78,7 +81,7 @@ def verify(
         from mechmisalign.organisms import load_organism
         from mechmisalign.verification import verify as verified
 
-        loaded, asked = load_organism(organism, weights=weights), None
+        loaded, asked = load_organism(organism, base, weights=weights), None
         if rate:
             asked = _asked(loaded, organism, judge, expected) | {"samples": samples, "seed": seed}
         table = verified(loaded)

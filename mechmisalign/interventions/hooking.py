@@ -173,7 +173,8 @@ def _site_hooks(
 
         return write
 
-    functions: dict[str, models.HookFunction] = {}
-    for entry in {ports[key][0].name: ports[key][0] for key in sites}.values():
-        functions[entry.name] = reader(entry, [key for key in sites if ports[key][0].name == entry.name])
+    entries: dict[str, tuple[models.Port, list[SiteKey]]] = {}
+    for key, (entry, _) in ports.items():
+        entries.setdefault(entry.name, (entry, []))[1].append(key)
+    functions: dict[str, models.HookFunction] = {name: reader(*behind) for name, behind in entries.items()}
     return functions | {ports[key][1].name: writer(ports[key][1].name) for key in sites}
