@@ -69,6 +69,8 @@ def parameter_places(
 def _place_name(place: Any) -> str:
     if str(place) == "disk":
         return "files"
+    if isinstance(place, int) and not torch.cuda.is_available():
+        return f"cuda:{place}"  # a plan may speak of GPUs that this machine lacks
     device = torch.device(place)
     if device.type == "cpu":
         return "host"
