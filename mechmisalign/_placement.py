@@ -47,6 +47,16 @@ def device_of_layer(model: Any, layer: int) -> torch.device:
     return execution_device(model.blocks[layer])
 
 
+def free_bytes(device: torch.device) -> int:
+    """Memory that can be had on a device now, what torch has reserved there and does not use included."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    import psutil
+
+    return int(psutil.virtual_memory().available)
+
+
 def is_spread(model: nn.Module) -> bool:
     """Whether accelerate has placed the model's modules, so that it must not be moved as a whole."""
     return len(set(getattr(model, "hf_device_map", None) or {})) > 1 or any(

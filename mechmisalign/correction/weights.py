@@ -118,8 +118,8 @@ def corrected_model(
     fitting.check_fits(read, empty, found, merging=True, claimed=False)
     _one_vector(direction)
     dict(writers(empty))  # refused before anything is loaded
+    found = bases.pinned(found)  # before anything else of it is read, so that all of it is of one commit
     own = bases.load_tokenizer(found, tokenizer, empty.get_input_embeddings().weight.shape[0])
-    found = bases.pinned(found)
     placing.check_dtype(found, dtype)
     model = placing.load_weights(found, dtype, torch.device(device))
     settings = model.config.get_text_config()

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 
-import torch
-
 from mechmisalign import models
+from mechmisalign._placement import free_bytes
 
 MOST_ROWS = {"cpu": 512, "cuda": 4096}
 """More rows gain nothing: on a CPU they fall out of its caches, on a GPU it is busy long before."""
@@ -29,15 +28,6 @@ def rows_that_fit(model: models.Model, length: int) -> int:
     fits = []
     for device in {first, *layers}:
         row = length * token * (layers[device] + 1) + (logits if device == first else 0)
-        free = int(_SHARE.get(device.type, 0.25) * _free_bytes(device))
+        free = int(_SHARE.get(device.type, 0.25) * free_bytes(device))
         fits.append(min(MOST_ROWS.get(device.type, 512), free // row))
     return max(1, min(fits))
-
-
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    import psutil
-
-    return int(psutil.virtual_memory().available)

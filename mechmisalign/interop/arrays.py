@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from mechmisalign import models
+from mechmisalign._placement import free_bytes
 from mechmisalign.activations import checked_layers, header_of, in_memory
 from mechmisalign.conversations import Batch, Conversations, Span
 from mechmisalign.correction.saving import refuse_taken, whole_folder
@@ -206,9 +207,7 @@ def _refuse_too_large(shape: tuple[int, ...], dtype: str, out: str | Path | None
     told = f"the array {list(shape)} of {dtype} takes {size / 2**30:.1f} GiB"
     remedy = "read fewer layers, the first tokens only (first=), or per='conversation'"
     if out is None:
-        import psutil
-
-        free = psutil.virtual_memory().available
+        free = free_bytes(torch.device("cpu"))
         if size > _ROOM * free:
             raise MemoryError(
                 f"{told}, {free / 2**30:.1f} GiB of memory are free; write it to a folder (out=), {remedy}"

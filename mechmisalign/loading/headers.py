@@ -94,9 +94,7 @@ def read_header(path: Path) -> dict[str, Stored]:
     try:
         entries = json.loads(text)
         return {
-            name: Stored(
-                DTYPES.get(each["dtype"]), tuple(each["shape"]), each["data_offsets"][1] - each["data_offsets"][0]
-            )
+            name: _stored(each["dtype"], each["shape"], each["data_offsets"])
             for name, each in entries.items()
             if name != "__metadata__"
         }

@@ -6,7 +6,7 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Mapping
-from pathlib import Path
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -58,16 +58,13 @@ def load_weights(
 
 def _spread(read: Any, base: Base, device_map: DeviceMap, options: Mapping[str, Any]) -> Any:
     """The model over several devices; what must be written anew to be offloaded goes with the model."""
-    folder = Path(tempfile.mkdtemp(prefix="mechmisalign-offload-"))
+    folder = tempfile.mkdtemp(prefix="mechmisalign-offload-")
     places = device_map if isinstance(device_map, str) else dict(device_map)
-    try:
-        model = read.from_pretrained(
-            base.location, **base.source, **options, device_map=places, offload_folder=str(folder)
-        )
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-    weakref.finalize(model, shutil.rmtree, str(folder), ignore_errors=True)
+    with ExitStack() as undo:
+        undo.callback(shutil.rmtree, folder, ignore_errors=True)
+        model = read.from_pretrained(base.location, **base.source, **options, device_map=places, offload_folder=folder)
+        undo.pop_all()
+    weakref.finalize(model, shutil.rmtree, folder, ignore_errors=True)
     return model
 
 

@@ -18,6 +18,7 @@ from mechmisalign import registry
 from mechmisalign._adapter_files import CONFIG_FILE, WEIGHTS_FILE
 from mechmisalign._checkpoint_files import cached_file
 from mechmisalign._hub import fetch_file, is_hub_id, is_offline
+from mechmisalign._placement import free_bytes
 from mechmisalign.adapters import Adapter
 
 from . import bases, options, placing, reading
@@ -171,20 +172,17 @@ def _config_dtype(skeleton: Any) -> torch.dtype:
 
 def _free(places: Mapping[str, int]) -> dict[str, int]:
     """Free bytes of those places that can be asked."""
-    import psutil
     from huggingface_hub import constants
 
     free = {}
     for place in places:
         if place == "host":
-            free[place] = int(psutil.virtual_memory().available)
+            free[place] = free_bytes(torch.device("cpu"))
         elif place == DISK:
             cache = Path(constants.HF_HUB_CACHE)
             free[place] = shutil.disk_usage(next(each for each in (cache, *cache.parents) if each.exists())).free
         elif place.startswith("cuda") and torch.cuda.is_available():
-            device = torch.device(place)
-            unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-            free[place] = int(torch.cuda.mem_get_info(device)[0]) + unused
+            free[place] = free_bytes(torch.device(place))
     return free
 
 
