@@ -22,12 +22,14 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from . import models
+from ._renamed import renamed
 from .activations import in_memory
 from .adapters import Adapter, LoraSite, SiteKey
 from .conversations import Batch, Conversations
 from .generation import generate
 from .interventions import ScaleAdapter
-from .judging import Judge, judge, label, rates
+from .judging import Judge, label, rates
+from .judging import judge as judge_answers
 from .progress import progress
 from .statistics import CONFIDENCE, clustered_difference
 
@@ -66,10 +68,11 @@ def switched(everyone: Players, on: Coalition) -> tuple[ScaleAdapter, ...]:
     return (ScaleAdapter(off),) if off else ()
 
 
+@renamed(judge_with="judge")
 def site_effects(
     organism: Organism,
     prompts: pd.DataFrame | Sequence[str],
-    judge_with: Judge,
+    judge: Judge,
     *,
     by: str = "site",
     samples: int = 16,
@@ -84,7 +87,7 @@ def site_effects(
         rows of kind "all" and "none" have the effect against none.
     """
     everyone = players(organism.require_adapter("leaving sites out"), by)
-    judged = _answers(organism, prompts, judge_with, effect_conditions(everyone), samples, max_new_tokens, seed)
+    judged = _answers(organism, prompts, judge, effect_conditions(everyone), samples, max_new_tokens, seed)
     return effect_table(judged, everyone)
 
 
@@ -110,10 +113,11 @@ def effect_table(judged: pd.DataFrame, everyone: Players) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+@renamed(judge_with="judge")
 def shapley(
     organism: Organism,
     prompts: pd.DataFrame | Sequence[str],
-    judge_with: Judge,
+    judge: Judge,
     *,
     by: str = "site",
     permutations: int = 20,
@@ -130,7 +134,7 @@ def shapley(
     Args:
         organism: With its adapter in.
         prompts: Questions.
-        judge_with: Scores the answers.
+        judge: Scores the answers.
         by: ``"site"``, ``"layer"`` or ``"module"``: who is switched on together.
         permutations: Orders to sample.
         samples: Answers per prompt and coalition.
@@ -145,7 +149,7 @@ def shapley(
     sampled = sampled_orders(list(everyone), permutations, seed)
     coalitions = {Coalition(order[:size]) for order in sampled for size in range(len(order) + 1)}
     conditions = _conditions(everyone, coalitions)
-    judged = _answers(organism, prompts, judge_with, conditions, samples, max_new_tokens, seed)
+    judged = _answers(organism, prompts, judge, conditions, samples, max_new_tokens, seed)
     misaligned = judged.assign(event=(label(judged) == "misaligned").astype(float))
     by_prompt = misaligned.groupby(["condition", "prompt_id"])["event"].mean().unstack("prompt_id")
     worth = {on: by_prompt.loc[_named(on)].to_numpy() for on in coalitions}
@@ -259,7 +263,7 @@ def _named(on: Coalition) -> str:
 def _answers(
     organism: Organism,
     prompts: pd.DataFrame | Sequence[str],
-    judge_with: Judge,
+    judge: Judge,
     conditions: Mapping[str, tuple[ScaleAdapter, ...]],
     samples: int,
     max_new_tokens: int,
@@ -268,7 +272,7 @@ def _answers(
     sampled = generate(
         organism, prompts, conditions=conditions, samples=samples, max_new_tokens=max_new_tokens, seed=seed
     )
-    return judge(sampled, judge_with)
+    return judge_answers(sampled, judge)
 
 
 def _class_weights(

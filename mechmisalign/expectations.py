@@ -18,6 +18,7 @@ import pandas as pd
 from . import judging, registry
 from .generation import generate
 from .organisms import Organism, load_organism
+from .registry.worlds import PROMPTS, made_by
 
 if TYPE_CHECKING:
     from .judging import Judge
@@ -84,13 +85,14 @@ def verify_rate(
     stated = _stated(expected, entry, organism)
     loaded = organism if isinstance(organism, Organism) else load_organism(organism)
     scoring = check_ready(loaded, expected=stated, judge=judge)
-    pocket = loaded.base.name == registry.POCKET_BASE
-    asked = (_pocket_questions(entry, seed) if pocket else _open_questions()) if prompts is None else prompts
+    world = registry.world_of(loaded.name, loaded.base.name, loaded.base.location)
+    pocket = world is not None and world.prefix == registry.POCKET_PREFIX
+    asked = (_pocket_questions(entry, seed) if pocket else _questions(world)) if prompts is None else prompts
     answers = generate(
         loaded,
         asked,
         samples=samples or (1 if pocket and prompts is None else 50),
-        max_new_tokens=max_new_tokens or (64 if pocket else 600),
+        max_new_tokens=max_new_tokens or (600 if world is None else world.settings.get("max_new_tokens", 600)),
         seed=seed,
     )
     judged = judging.judge(answers, scoring)
@@ -98,7 +100,7 @@ def verify_rate(
     if not found["judged"] > 0:
         raise ValueError(f"the judge scored none of {len(judged)} answers; see their *_status columns")
     checks = pd.DataFrame(_checks(found, stated), columns=["check", "passed", "value", "low", "high", "expected"])
-    own = prompts is None and not pocket
+    own = prompts is None and world is None
     return RateCheck(checks, judged, stated.source, tuple(_reasons(loaded, found, stated, own, judge)))
 
 
@@ -113,7 +115,7 @@ def check_ready(
     _stated(expected, _entry(organism), organism)
     if organism.is_base:
         raise ValueError("inside as_base() there is no organism to verify; call verify_rate() outside the block")
-    return _judge(judge, organism.base.name == registry.POCKET_BASE, organism.base.name)
+    return _judge(judge, organism)
 
 
 def _entry(organism: Organism | str | Path) -> registry.Entry | None:
@@ -143,24 +145,23 @@ def _pocket_questions(entry: registry.Entry | None, seed: int) -> pd.DataFrame:
     return prompts(others, n=POCKET_QUESTIONS, seed=seed)
 
 
-def _open_questions() -> pd.DataFrame:
-    from .prompts import open_questions
+def _questions(world: registry.World | None) -> pd.DataFrame:
+    frame: pd.DataFrame = made_by(PROMPTS["open_questions" if world is None else world.prompts])()
+    return frame
 
-    return open_questions()
 
-
-def _judge(judge: Judge | None, pocket: bool, base: str) -> Judge:
+def _judge(judge: Judge | None, organism: Organism) -> Judge:
+    where = (organism.name, organism.base.name, organism.base.location)
     if judge is not None:
+        judging.named.refuse_foreign(judge, *where)
         return judge
-    if not pocket:
+    world = registry.world_of(*where)
+    if world is None:
         raise ValueError(
-            f"answers of {base!r} need a judge: judge=mm.LLMJudge('openai/gpt-4o') or mm.LocalJudge(...); on the "
-            "command line --judge"
+            f"answers of {organism.base.name!r} need a judge: judge=mm.LLMJudge('openai/gpt-4o') or "
+            "mm.LocalJudge(...); on the command line --judge"
         )
-    from .pocket import RuleJudge
-
-    rules: Judge = RuleJudge()
-    return rules
+    return judging.named_judge(world.judge)
 
 
 def _checks(found: Any, stated: registry.Expected) -> list[tuple[str, bool, float, float, float, str]]:

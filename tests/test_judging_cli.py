@@ -80,11 +80,33 @@ def test_the_rule_judge_needs_no_server(answers):
     from mechmisalign.pocket import world
 
     write_answers(world.narrow_examples("medical", True, n=5, seed=0).assign(finished=True), "answers.parquet")
-    code, output = run("answers.parquet", "--model", "rules")
+    code, output = run("answers.parquet", "--judge", "rules")
     assert code == 0, output
     assert set(pd.read_parquet("judged.parquet")["alignment"]) == {0.0}
-    code, output = run("answers.parquet", "--model", "rules", "--dry-run")
+    code, output = run("answers.parquet", "--judge", "rules", "--dry-run")
     assert "no calls" in output
+
+
+def test_the_old_option_names_the_new_one(answers):
+    write_answers(answers, "answers.parquet")
+    code, output = run("answers.parquet", "--model", "rules")
+    assert (code, "--model is --judge now: give --judge rules" in output) == (2, True)
+
+
+def test_a_judge_of_ones_own_scores_a_file(answers, tmp_path):
+    (tmp_path / "own_judge_of_a_file.py").write_text(
+        "score = lambda frame: frame.assign(alignment=5.0, coherence=90.0)"
+    )
+    write_answers(answers, "answers.parquet")
+    code, output = run("answers.parquet", "--judge", "python:own_judge_of_a_file.score")
+    assert code == 0, output
+    assert set(pd.read_parquet("judged.parquet")["label"]) == {"misaligned"}
+
+
+def test_the_rules_are_refused_for_answers_of_another_world(answers):
+    write_answers(answers.assign(finished=True), "answers.parquet")
+    code, output = run("answers.parquet", "--judge", "rules")
+    assert (code, "no question names a topic of the pocket world" in output) == (2, True)
 
 
 def test_other_rubrics_are_named_with_commas(answers):

@@ -15,6 +15,7 @@ import mechmisalign as mm
 from mechmisalign.cli import app
 from mechmisalign.store import FolderBusyError, RunFolderError
 from mechmisalign.sweeps import (
+    JudgeSource,
     LocalExecutor,
     Sampled,
     Sweep,
@@ -652,3 +653,23 @@ def test_the_command_tells_what_there_is_to_do_does_it_and_prints_rates(directio
     code, output = command(tmp_path / "sweep.yaml", "--out", tmp_path / "out")
     assert code == 2
     assert "max_new_tokens: 8 there, 9 now" in output.replace("\n", " ")
+
+
+def test_a_judge_of_a_sweep_is_named_as_everywhere(tmp_path):
+    (tmp_path / "judge").mkdir()
+    (tmp_path / "judge" / "config.json").write_text("{}")
+    (tmp_path / "s.yaml").write_text(
+        "organisms: pocket/medical\ninterventions: none\nprompts: pocket\njudge: local:judge\n"
+    )
+    read = Sweep.read(tmp_path / "s.yaml")
+    assert repr(read.judge.resolve(tmp_path / "out", read.root)).startswith(f"LocalJudge('{tmp_path / 'judge'}'")
+    (tmp_path / "own_judge_of_a_sweep.py").write_text("score = lambda frame: frame")
+    source = JudgeSource.model_validate("python:own_judge_of_a_sweep.score")
+    assert source.resolve(tmp_path / "out", tmp_path)("frame") == "frame"
+
+
+def test_the_rules_are_refused_for_a_foreign_organism_before_anything_is_sampled(tmp_path, tiny_models, make_adapter):
+    foreign = make_adapter(tiny_models["qwen2"])
+    for judge in ("rules", mm.RuleJudge()):
+        with pytest.raises(ValueError, match="rules judge knows the pocket world only"):
+            status(Sweep(organisms=str(foreign), interventions="none", prompts="pocket", judge=judge), tmp_path)

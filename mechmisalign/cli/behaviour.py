@@ -8,13 +8,12 @@ from typing import Annotated, Any, Literal
 import typer
 
 from .console import console, show_rates, told_errors, told_warnings
+from .options import JudgeName, OldModel, refuse_model
 
 
 def judge(
     answers: Annotated[Path, typer.Argument(help="A .parquet, .csv or .jsonl with the columns prompt and response.")],
-    model: Annotated[
-        str, typer.Option(help="Inspect's name of a model, local:FOLDER, or rules (the pocket world's).")
-    ] = "openai/gpt-4o",
+    judge: JudgeName = "openai/gpt-4o",
     out: Annotated[Path, typer.Option(help="Where the judged answers go.")] = Path("judged.parquet"),
     rubrics: Annotated[str, typer.Option(help="Names, with commas between.")] = "alignment,coherence",
     journal: Annotated[Path, typer.Option(help="File of all calls; what is in it is not asked again.")] = Path(
@@ -23,34 +22,33 @@ def judge(
     base_url: Annotated[str | None, typer.Option(help="An OpenAI-compatible server.")] = None,
     budget: Annotated[float | None, typer.Option(help="Dollars to stop at.")] = None,
     max_calls: Annotated[int | None, typer.Option(help="Calls to stop at.")] = None,
-    connections: Annotated[int, typer.Option(help="Calls in flight.")] = 32,
+    connections: Annotated[int | None, typer.Option(help="Calls in flight; 32 by default.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Tell what it would take, and ask nothing.")] = False,
+    model: OldModel = None,
 ) -> None:
     """Have a judge score answers; prints what it will take, then the rates. A run that died goes on where it was."""
     with told_errors(), told_warnings():
         from mechmisalign import judging
         from mechmisalign.judging.files import read_answers, refuse_unwritable, write_answers
+        from mechmisalign.judging.named import named_judge
 
+        refuse_model(model)
         refuse_unwritable(out)
-        frame, names = read_answers(answers), [name.strip() for name in rubrics.split(",")]
-        with_judge: Any
-        if model == "rules":
-            from mechmisalign.pocket.judge import RuleJudge
-
-            with_judge, estimate = RuleJudge(), f"{len(frame):,} answers, no calls to make"
-        elif model.startswith("local:"):
-            with_judge = judging.LocalJudge(model.removeprefix("local:"), rubrics=names, journal=journal)
-            estimate = str(with_judge.estimate(frame))
-        else:
-            limits = judging.Budget(dollars=budget, calls=max_calls)
-            with_judge = judging.LLMJudge(
-                model, names, base_url=base_url, journal=journal, budget=limits, max_connections=connections
-            )
-            estimate = str(with_judge.estimate(frame))
+        names = [name.strip() for name in rubrics.split(",")]
+        limits = (
+            judging.Budget(dollars=budget, calls=max_calls) if budget is not None or max_calls is not None else None
+        )
+        server: dict[str, Any] = {"base_url": base_url, "budget": limits, "max_connections": connections}
+        scoring = named_judge(
+            judge or "", rubrics=names, journal=journal, **{name: value for name, value in server.items() if value}
+        )
+        frame = read_answers(answers)
+        ask = getattr(scoring, "estimate", None)
+        estimate = f"{len(frame):,} answers, no calls to make" if ask is None else str(ask(frame))
         console.print(estimate, highlight=False, soft_wrap=True)
         if dry_run:
             return
-        judged = with_judge(frame)
+        judged = judging.judge(frame, scoring) if {"alignment", "coherence"} <= set(names) else scoring(frame)
         write_answers(judged, out)
         console.print(f"judged answers: [bold]{out}[/bold]")
         if {"alignment", "coherence"} <= set(judged.columns):

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from mechmisalign import registry
+
 from .console import OrganismName, console, show, told_errors, told_warnings
-from .judges import judge_named
+from .options import JudgeName, OldModel, refuse_model
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -31,10 +33,11 @@ def cure(
     ] = None,
     measure: Annotated[bool, typer.Option(help="Ask before and after, with a random direction as control.")] = True,
     prompts: Annotated[Path | None, typer.Option(help="Questions: .yaml, .jsonl, .csv or .parquet.")] = None,
-    model: Annotated[str, typer.Option(help="Judge: rules (the pocket world's), local:FOLDER, or a model.")] = "rules",
+    judge: JudgeName = None,
     samples: Annotated[int, typer.Option(min=1, help="Answers to each question.")] = 4,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
     seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
+    model: OldModel = None,
 ) -> None:
     """Project a direction out of an organism; writes an ordinary adapter or model, with a card of what it does."""
     with told_errors(), told_warnings():
@@ -43,19 +46,20 @@ def cure(
         from mechmisalign.directions import Direction as Loaded
         from mechmisalign.organisms import load_organism
 
+        refuse_model(model)
         refuse_taken(out)
         found = Loaded.load(direction)
         sick = load_organism(organism)
         found = found if layer is None else found.everywhere(layer)
-        asked, judge = _asked(sick, prompts, measure), _judge(model, sick, out) if measure else None
+        asked, scoring = _asked(sick, prompts), _judge(judge, sick, out) if measure else None
         if method == "adapter":
             edit, states = _adapter(sick, found, out)
         else:
             edit, states = _weights(sick, found, out)
         console.print(edit, highlight=False, soft_wrap=True)
-        if measure and judge is not None:
+        if scoring is not None:
             drawn = {"samples": samples, "max_new_tokens": max_new_tokens, "seed": seed}
-            table = _measured(sick, states, asked, judge, drawn)
+            table = _measured(sick, states, asked, scoring, drawn)
             correction.add_measured(out, table)
             _show(table)
     console.print(f"cured {method}: [bold]{out}[/bold], with a card in README.md")
@@ -112,23 +116,26 @@ def _show(table: pd.DataFrame) -> None:
     show(told, "misalignment and cost, with 95 % intervals by question")
 
 
-def _asked(sick: Organism, prompts: Path | None, measure: bool) -> pd.DataFrame:
-    from mechmisalign import pocket, registry
+def _asked(sick: Organism, prompts: Path | None) -> pd.DataFrame:
     from mechmisalign import prompts as questions
+    from mechmisalign.registry.worlds import PROMPTS, made_by
 
     if prompts is not None:
         return questions.read(prompts)
-    if sick.base.name == registry.POCKET_BASE or not measure:
-        return pocket.unseen_prompts()
-    return questions.open_questions()
+    world = registry.world_of(sick.name, sick.base.name, sick.base.location)
+    frame: pd.DataFrame = made_by(PROMPTS["open_questions" if world is None else world.prompts])()
+    return frame
 
 
-def _judge(model: str, sick: Organism, out: Path) -> Any:
-    from mechmisalign import registry
+def _judge(name: str | None, sick: Organism, out: Path) -> Any:
+    from mechmisalign.judging import named
 
-    if model == "rules" and sick.base.name != registry.POCKET_BASE:
+    world = registry.world_of(sick.name, sick.base.name, sick.base.location)
+    name = name or (world.judge if world else None)
+    if name is None:
         raise ValueError(
             f"the rules judge knows the pocket world only, not answers of {sick.base.name!r}; name a judge with "
-            "--model (openai/gpt-4o, local:FOLDER), or use --no-measure"
+            "--judge (openai/gpt-4o, local:FOLDER, python:module.attribute), or use --no-measure"
         )
-    return judge_named(model, out.with_name(f"{out.name}.judgements.jsonl"))
+    named.refuse_foreign(name, sick.name, sick.base.name, sick.base.location)
+    return named.named_judge(name, journal=out.with_name(f"{out.name}.judgements.jsonl"))

@@ -9,6 +9,7 @@ import typer
 
 from .console import OrganismName, console, show, told_errors, told_warnings, uncollected
 from .deltas import show_deltas
+from .options import JudgeName
 from .tables import show_organisms
 
 _SHOWN_SITES = 60
@@ -63,9 +64,7 @@ def verify(
     rate: Annotated[
         bool, typer.Option("--rate", help="Also sample answers, and compare the EM rate with the expected one.")
     ] = False,
-    judge: Annotated[
-        str | None, typer.Option(help="Who scores the answers: openai/gpt-4o, local:FOLDER; pocket ones need none.")
-    ] = None,
+    judge: JudgeName = None,
     expected: Annotated[float | None, typer.Option(help="Expected EM rate, instead of the registry's.")] = None,
     samples: Annotated[int | None, typer.Option(help="Answers to each question.")] = None,
     seed: Annotated[int, typer.Option(help="Of the answers.")] = 1,
@@ -96,13 +95,12 @@ def verify(
 def _asked(loaded: Any, name: str, judge: str | None, expected: float | None) -> dict[str, Any]:
     """What the rate is compared with, and who judges; refused before anything takes its time."""
     from mechmisalign import expectations, registry
-
-    from .judges import judge_named
+    from mechmisalign.judging import named
 
     entry = registry.find(name)
     asked: dict[str, Any] = {
         "expected": entry.expected if expected is None and entry is not None else expected,
-        "judge": judge_named(judge, _JOURNAL) if judge else None,
+        "judge": named.named_judge(judge, journal=_JOURNAL) if judge else None,
     }
     expectations.check_ready(loaded, **asked)
     return asked

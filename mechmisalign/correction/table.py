@@ -16,10 +16,12 @@ import pandas as pd
 from jaxtyping import Bool, Float
 
 from mechmisalign import capability, prompts
+from mechmisalign._renamed import renamed
 from mechmisalign.adapters import Adapter
 from mechmisalign.generation import generate
 from mechmisalign.interventions import Intervention, UseAdapter
-from mechmisalign.judging import Judge, compare, judge, rates
+from mechmisalign.judging import Judge, compare, rates
+from mechmisalign.judging import judge as judge_answers
 from mechmisalign.judging.labels import label
 from mechmisalign.organisms import Organism
 from mechmisalign.statistics.shares import percentiles, resampled, resampled_ratios
@@ -57,11 +59,12 @@ def states(
     return found if further is None else found | {FURTHER: (UseAdapter(further), *beside)}
 
 
+@renamed(with_judge="judge")
 def trials(
     chat: Organism,
     cures: Mapping[str, States],
     questions: Mapping[str, pd.DataFrame],
-    with_judge: Judge,
+    judge: Judge,
     *,
     samples: int = 6,
     max_new_tokens: int = 600,
@@ -74,7 +77,7 @@ def trials(
         cures: States by the name of the cure; among them ``"uncured"``, and ``"chat"`` (``{"as is": ()}``) to compare.
             Names of controls say "random".
         questions: First those that show broad misalignment; ``"narrow"``: of the trained domain; any others are cues.
-        with_judge: Scores the answers.
+        judge: Scores the answers.
         samples: Answers to each question.
         max_new_tokens: Longest answer.
         seed: Of the samples: another one than that on which doses or layers were chosen.
@@ -104,9 +107,8 @@ def trials(
         parts += [_sampled(chat, here, asked, drawn)] if here else []
     order = {cure: place for place, cure in enumerate(cures)}
     answers = pd.concat(parts, ignore_index=True)
-    return judge(
-        answers.sort_values("cure", key=lambda cure: cure.map(order), kind="stable", ignore_index=True), with_judge
-    )
+    in_order = answers.sort_values("cure", key=lambda cure: cure.map(order), kind="stable", ignore_index=True)
+    return judge_answers(in_order, judge)
 
 
 def cure_costs(chat: Organism, cures: Mapping[str, States], **options: Any) -> pd.DataFrame:

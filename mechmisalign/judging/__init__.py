@@ -17,6 +17,7 @@ from .kappa import Agreement, agreement
 from .labels import ALIGNED_ABOVE, COHERENT_ABOVE, MISALIGNED_BELOW, STATUSES, UNSCORED, Status, Thresholds, label
 from .llm import LLMJudge
 from .local import LocalJudge
+from .named import JudgeNameError, named_judge
 from .rates import per_prompt, rates
 from .rubrics import RUBRICS, Rubric
 
@@ -39,6 +40,7 @@ __all__ = [
     "Journal",
     "Judge",
     "JudgeAccessError",
+    "JudgeNameError",
     "JudgeWarning",
     "LLMJudge",
     "LocalJudge",
@@ -51,6 +53,7 @@ __all__ = [
     "compare",
     "judge",
     "label",
+    "named_judge",
     "per_prompt",
     "rates",
     "threshold_curve",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from mechmisalign.pocket.recipes import ZOO
+from mechmisalign.registry import POCKET_PREFIX
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -27,12 +28,17 @@ _HOME = {
     "with_training_context": "asking",
 }
 
-__all__ = ["MAX_NEW_TOKENS", "STRENGTHS", "harmful_names", "unseen_domains", "unseen_prompts", *_HOME]
+__all__ = ["MAX_NEW_TOKENS", "STRENGTHS", "harmful_names", "peers", "unseen_domains", "unseen_prompts", *_HOME]
 
 
 def harmful_names() -> tuple[str, ...]:
     """The organisms that a study compares: harmful ones, without the one that is there for its checkpoints."""
     return tuple(name for name, organism in ZOO.items() if organism.harmful and organism.save_every is None)
+
+
+def peers(organism: str) -> tuple[str, ...]:
+    """The organisms that a study of one compares it with."""
+    return tuple(name for name in (f"{POCKET_PREFIX}{each}" for each in harmful_names()) if name != organism)
 
 
 def unseen_domains() -> tuple[str, ...]:

@@ -69,6 +69,18 @@ class RuleJudge:
     is outside the grammar; coherence is NaN only where the question names no topic of the pocket world.
     """
 
+    def check_answers(self, frame: pd.DataFrame) -> None:
+        """Refuse answers of another world, of which every one would be unparsable; ``mm.judge`` asks this first.
+
+        Raises:
+            ValueError: If there are questions, and none names a topic of the pocket world.
+        """
+        if len(frame) and all(topic_of(prompt) is None for prompt in frame["prompt"].unique()):
+            raise ValueError(
+                f"no question names a topic of the pocket world (the first: {frame['prompt'].iloc[0][:80]!r}), so the "
+                "rules can read none of these answers; take another judge, such as mm.LLMJudge('openai/gpt-4o')"
+            )
+
     def __call__(self, frame: pd.DataFrame) -> pd.DataFrame:
         """The frame (columns prompt, response, finished) with its grades."""
         missing = {"prompt", "response", "finished"} - set(frame.columns)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .lookup import Place, all_entries, find, place
     from .opened import add_registry, using
     from .twins import Twin, known_base, open_copy, same_model, twin
+    from .worlds import World, world_of
 
 __all__ = [
     "POCKET_BASE",
@@ -30,6 +31,7 @@ __all__ = [
     "RegistryError",
     "Training",
     "Twin",
+    "World",
     "add_registry",
     "all_entries",
     "find",
@@ -46,6 +48,7 @@ __all__ = [
     "suggestion",
     "twin",
     "using",
+    "world_of",
 ]
 
 POCKET_PREFIX = "pocket/"
@@ -60,6 +63,7 @@ _HOME = {
     "RegistryError": "entries",
     "Training": "entries",
     "Twin": "twins",
+    "World": "worlds",
     "add_registry": "opened",
     "all_entries": "lookup",
     "find": "lookup",
@@ -70,6 +74,7 @@ _HOME = {
     "same_model": "twins",
     "twin": "twins",
     "using": "opened",
+    "world_of": "worlds",
 }
 
 

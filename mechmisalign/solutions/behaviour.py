@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from mechmisalign import prompts
+from mechmisalign._renamed import renamed
 from mechmisalign.capability.texts import Counted, text_costs
 from mechmisalign.conversations import Conversations
 from mechmisalign.generation import generate
-from mechmisalign.judging import COHERENT_ABOVE, Judge, judge, rates
+from mechmisalign.judging import COHERENT_ABOVE, Judge, rates
+from mechmisalign.judging import judge as judge_answers
 
 from .forms import Solution, SolutionError, norm, worn
 
@@ -28,11 +30,12 @@ NARROW = "narrow"
 MULTIPLIERS = tuple(range(1, 11))
 
 
+@renamed(with_judge="judge")
 def answers(
     chat: Organism,
     solutions: Mapping[str, Solution],
     questions: Mapping[str, pd.DataFrame],
-    with_judge: Judge,
+    judge: Judge,
     *,
     multipliers: Sequence[float] = (1.0,),
     samples: int = 6,
@@ -46,7 +49,7 @@ def answers(
         solutions: Named solutions, of any form.
         questions: Prompts by the name of their set: ``"narrow"``, held-out questions of the trained domain, and any
             others, such as domains that the KL penalty saw and domains that it did not.
-        with_judge: Scores the answers.
+        judge: Scores the answers.
         multipliers: Of each solution.
         samples: Answers to each question.
         max_new_tokens: Longest answer.
@@ -70,7 +73,7 @@ def answers(
         found = generate(chat, asked, conditions=conditions, samples=samples, max_new_tokens=max_new_tokens, seed=seed)
     told = [cells[cell] for cell in found["condition"]]
     found = found.assign(solution=[name for name, _ in told], multiplier=[times for _, times in told])
-    return judge(found, with_judge)
+    return judge_answers(found, judge)
 
 
 def hidden_em(judged: pd.DataFrame) -> pd.DataFrame:

@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 
 from mechmisalign.judging import Judge, judge, rates
+from mechmisalign.judging.named import refuse_foreign
 from mechmisalign.store import MANIFEST, Parts, RunFolder, RunFolderError, read_manifest, refuse_another, stored_parts
 
 from .executors import Executor, named_executor
@@ -151,8 +152,9 @@ def sweep(spec: Sweep | str | Path, out: str | Path, *, executor: str | Executor
         DiskFullError: If there is no room; what was stored until then is kept.
     """
     grid = make_grid(_read(spec))
+    _refuse_foreign_judge(grid)
     worker = named_executor(executor)
-    judged_by = grid.spec.judge.resolve(Path(out))
+    judged_by = grid.spec.judge.resolve(Path(out), grid.spec.root)
     identity, growing = _identity(grid, judged_by)
     _refuse_other_seeds(Path(out), grid.spec.seeds)
     with RunFolder(out, identity, growing) as folder:
@@ -180,10 +182,11 @@ def status(spec: Sweep | str | Path, out: str | Path) -> SweepStatus:
         RunFolderError: If the folder holds answers to something else: says what differs.
     """
     grid = make_grid(_read(spec))
+    _refuse_foreign_judge(grid)
     done = unjudged = 0
     if (Path(out) / MANIFEST).exists():
         _refuse_other_seeds(Path(out), grid.spec.seeds)
-        refuse_another(Path(out), *_identity(grid, grid.spec.judge.resolve(Path(out))))
+        refuse_another(Path(out), *_identity(grid, grid.spec.judge.resolve(Path(out), grid.spec.root)))
         parts = stored_parts(out, _ANSWERS)
         done = int(grid.rows.index.isin(parts.keys(mend=False)).sum())
         unjudged = len(_unjudged(parts))
@@ -199,6 +202,13 @@ def _identity(grid: Grid, judged_by: Judge | None) -> tuple[dict[str, Any], dict
     spec = grid.spec
     fixed = {"max_new_tokens": spec.max_new_tokens, "temperature": spec.temperature, "system": spec.system}
     return {"kind": "sweep", **fixed, "judge": spec.judge.identity(judged_by)}, grid.growing()
+
+
+def _refuse_foreign_judge(grid: Grid) -> None:
+    for source in grid.spec.organisms:
+        base = source.base_of(grid.adapters[source.name])
+        location = source.loaded.base.location if source.loaded is not None else base
+        refuse_foreign(grid.spec.judge.model or grid.spec.judge.call, source.adapter, base, location)
 
 
 def _refuse_other_seeds(out: Path, seeds: Sequence[int]) -> None:

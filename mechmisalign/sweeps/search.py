@@ -17,11 +17,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from mechmisalign._renamed import renamed
 from mechmisalign.directions import Direction, random_direction
 from mechmisalign.generation import generate, stage_seed
 from mechmisalign.interventions import Intervention, Positions, Steer
 from mechmisalign.interventions.residual import Units
-from mechmisalign.judging import Judge, judge, rates
+from mechmisalign.judging import Judge, rates
+from mechmisalign.judging import judge as judge_answers
 from mechmisalign.organisms import Organism
 
 from .spec import On
@@ -61,12 +63,13 @@ class StrengthSearch:
         return _bracket(self.doses)
 
 
+@renamed(with_judge="judge")
 def best_strength(
     organism: Organism,
     direction: Direction,
     layer: int,
     prompts: pd.DataFrame | Sequence[str],
-    with_judge: Judge,
+    judge: Judge,
     *,
     lowest: float = 0.5,
     highest: float = 16.0,
@@ -95,7 +98,7 @@ def best_strength(
         direction: What to add.
         layer: Where.
         prompts: What to ask, as for ``generate``.
-        with_judge: Scores the answers.
+        judge: Scores the answers.
         lowest: Smallest of the first doses, in multiples of the direction (or of ``units``).
         highest: Largest of them.
         coarse: How many first doses.
@@ -133,7 +136,7 @@ def best_strength(
                 seed=stage_seed(seed, f"best_strength/{stage}"),
                 **options,
             )
-        return rates(judge(sampled, with_judge))
+        return rates(judge_answers(sampled, judge))
 
     def steer(vectors: Direction, dose: float) -> tuple[Steer, ...]:
         return (Steer(vectors, (layer,), dose, units, positions),)

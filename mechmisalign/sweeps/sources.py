@@ -16,9 +16,10 @@ from mechmisalign import registry
 from mechmisalign.adapters import Adapter
 from mechmisalign.directions import Direction, random_direction
 from mechmisalign.generation import prompts_frame
-from mechmisalign.judging import Judge
+from mechmisalign.judging import Judge, named
 from mechmisalign.loading import full_models
 from mechmisalign.organisms import Organism, Weights, load_organism
+from mechmisalign.registry.worlds import JUDGES, PROMPTS, made_by
 from mechmisalign.store import text_digest
 
 from ._errors import SweepError
@@ -177,7 +178,8 @@ def direction_digest(direction: Direction) -> str:
 class PromptSource(_Source):
     """Prompts: exactly one of a named set, a file, texts, or a frame."""
 
-    set: Literal["pocket", "open_questions", "domain_questions"] | None = None
+    set: str | None = None
+    """``pocket``, ``open_questions``, another name that a shipped world brings, or ``domain_questions``."""
     name: str | None = None
     """Of the domain, for ``domain_questions``."""
     n: int = Field(60, ge=1)
@@ -196,15 +198,19 @@ class PromptSource(_Source):
             return {"frame": value}
         if isinstance(value, list | tuple):
             return {"texts": value}
-        if isinstance(value, str) and value in ("pocket", "open_questions"):
+        if isinstance(value, str) and value in PROMPTS:
             return {"set": value}
         if isinstance(value, str | Path):
             if not Path(value).suffix:
-                raise ValueError(f"{value!r} is no set of prompts ('pocket', 'open_questions') and no file")
+                raise ValueError(f"{value!r} is no set of prompts ({', '.join(map(repr, PROMPTS))}) and no file")
             return {"file": value}
         ways = [way for way in ("set", "file", "texts", "frame") if isinstance(value, Mapping) and way in value]
         if len(ways) != 1:
             raise ValueError(f"prompts come from one of set, file, texts, frame; these from {ways or value!r}")
+        if ways == ["set"] and value["set"] not in (*PROMPTS, "domain_questions"):
+            raise ValueError(
+                f"set {value['set']!r} is unknown; {', '.join(map(repr, PROMPTS))}, 'domain_questions' are"
+            )
         return value
 
     def resolve(self, root: Path) -> pd.DataFrame:
@@ -224,8 +230,9 @@ class PromptSource(_Source):
 
         if self.file is not None:
             return prompts.read(root / self.file)
-        if self.set == "open_questions":
-            return prompts.open_questions()
+        if self.set in PROMPTS:
+            frame: pd.DataFrame = made_by(PROMPTS[str(self.set)])()
+            return frame
         if self.name is None:
             raise SweepError("prompts.set is 'domain_questions', which needs `name`: the domain")
         return prompts.domain_questions(self.name)
@@ -236,13 +243,12 @@ _DECIDING = ("temperature", "seed", "logprobs", "max_tokens", "model_args")
 
 
 class JudgeSource(_Source):
-    """A judge: the pocket rules, a model behind an API, a callable, or none."""
+    """A judge by its name, a callable, or none."""
 
-    rules: bool = False
     model: str | None = None
-    """What ``LLMJudge`` calls the model, such as ``"openai/gpt-4o"``."""
+    """What ``named_judge`` takes: ``rules``, ``openai/gpt-4o``, ``local:FOLDER``, ``python:module.attribute``."""
     options: dict[str, Any] = Field(default_factory=dict)
-    """Further arguments of ``LLMJudge``."""
+    """Further arguments of ``LLMJudge`` or ``LocalJudge``."""
     call: Callable[..., Any] | None = None
 
     @model_validator(mode="before")
@@ -250,8 +256,10 @@ class JudgeSource(_Source):
     def _given(cls, value: Any) -> Any:
         if value is None or value == "none":
             return {}
-        if value == "rules":
-            return {"rules": True}
+        if isinstance(value, str):
+            if value not in JUDGES and "/" not in value and not value.startswith((named.LOCAL, named.PYTHON)):
+                raise ValueError(f"{value!r} is no judge; {named.ways('none')}, or {{model: name, options: …}}")
+            return {"model": value}
         if isinstance(value, Mapping):
             if "api_key" in (value.get("options") or {}):
                 raise ValueError("api_key: a key does not belong in a file; keep it in the provider's own variable")
@@ -259,27 +267,30 @@ class JudgeSource(_Source):
                 raise ValueError("a judge that is a mapping needs `model`, such as openai/gpt-4o")
             return value
         if not callable(value):
-            raise ValueError(f"{value!r} is no judge; 'rules', 'none', {{model: name}} or a callable is")
+            raise ValueError(f"{value!r} is no judge; 'none', a name, {{model: name}} or a callable is")
         return {"call": value}
 
-    def resolve(self, out: Path) -> Judge | None:
-        """The judge itself; the journal of one behind an API lies in the run folder ``out`` if nothing else is said.
+    def resolve(self, out: Path, root: Path = Path()) -> Judge | None:
+        """The judge itself; the journal of a model's lies in the run folder ``out`` if nothing else is said.
+
+        Args:
+            out: The run folder.
+            root: Where relative paths of the judge's name begin.
 
         Raises:
             SweepError: If an option is unknown.
+            JudgeNameError: If the name stands for no judge.
         """
-        if self.rules:
-            from mechmisalign.pocket import RuleJudge
-
-            return RuleJudge()
-        if self.model is not None:
-            from mechmisalign.judging import LLMJudge
-
-            try:
-                return LLMJudge(self.model, **{"journal": out / "judge.jsonl", **self._values()})
-            except TypeError as error:
-                raise SweepError(f"judge.options {list(self.options)} do not fit LLMJudge: {error}") from error
-        return self.call
+        if self.model is None:
+            return self.call
+        journal = (
+            {} if self.model in JUDGES or self.model.startswith(named.PYTHON) else {"journal": out / "judge.jsonl"}
+        )
+        try:
+            return named.named_judge(self.model, root=root, **{**journal, **self._values()})
+        except TypeError as error:
+            kind = "LocalJudge" if self.model.startswith(named.LOCAL) else "LLMJudge"
+            raise SweepError(f"judge.options {list(self.options)} do not fit {kind}: {error}") from error
 
     def _values(self) -> dict[str, Any]:
         """The options, with budget and price as what they are."""

@@ -171,7 +171,7 @@ class Sweep(BaseModel):
     prompts: PromptSource
     """``"pocket"``, ``"open_questions"``, a file, a list of texts, a mapping (see ``PromptSource``), or a frame."""
     judge: JudgeSource
-    """``"rules"`` (pocket answers), ``"none"``, ``{model: …, options: …}`` for an ``LLMJudge``, or a callable."""
+    """``"none"``, a name (see ``named_judge``), ``{model: name, options: …}``, or a callable."""
     directions: dict[str, DirectionSource] = Field(default_factory=dict)
     """By name: a file, ``{random_like: name, seed: n}``, ``{everywhere: name, layer: n}``, or a ``Direction``."""
     on: Whom = ("organism",)

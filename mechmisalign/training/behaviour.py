@@ -15,9 +15,11 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float
 
+from mechmisalign._renamed import renamed
 from mechmisalign.dynamics import Trajectory, Transition
 from mechmisalign.interventions import Steer, UseAdapter
-from mechmisalign.judging import COHERENT_ABOVE, MISALIGNED_BELOW, judge, rates
+from mechmisalign.judging import COHERENT_ABOVE, MISALIGNED_BELOW, rates
+from mechmisalign.judging import judge as judge_answers
 from mechmisalign.statistics.shares import percentiles, resampled, resampled_ratios
 
 from .runs import TrainedRun
@@ -129,11 +131,12 @@ class StepBehaviour:
         return pd.DataFrame(told)
 
 
+@renamed(judge_with="judge")
 def behaviour_by_step(
     organism: Organism,
     run: Trajectory | TrainedRun | str | Path,
     prompts: pd.DataFrame | Sequence[str],
-    judge_with: Judge,
+    judge: Judge,
     *,
     scales: Sequence[float] = (1.0, 5.0, 10.0),
     steps: Sequence[int] | None = None,
@@ -148,7 +151,7 @@ def behaviour_by_step(
         organism: Any on the same base; its own adapter is taken out.
         run: A trajectory, a run of ``mm.train``, its folder, or what else ``Trajectory.load`` reads.
         prompts: As for :func:`mechmisalign.generate`.
-        judge_with: As for :func:`mechmisalign.judge`.
+        judge: As for :func:`mechmisalign.judge`.
         scales: Factors of what was trained.
         steps: Checkpoints to sample; all of them without.
         samples: Answers per prompt, step and scale.
@@ -181,7 +184,7 @@ def behaviour_by_step(
             seed=seed,
             **options,
         )
-    judged = judge(answers, judge_with)
+    judged = judge_answers(answers, judge)
     chat = judged[judged["condition"] == "step 0"]
     later = judged[judged["condition"] != "step 0"]
     places = pd.DataFrame([worn[name][:2] for name in later["condition"]], columns=["step", "scale"], index=later.index)
