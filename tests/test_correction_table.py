@@ -146,7 +146,7 @@ def test_the_interval_of_a_cut_covers_as_often_as_it_says():
                     (cure, "as is", "broad", prompt, 0.0 if rng.random() < own else 100.0, 100.0) for _ in range(4)
                 ]
         columns = ["cure", "state", "questions", "prompt_id", "alignment", "coherence"]
-        cuts = correction.table._cuts(pd.DataFrame(rows, columns=columns), "uncured", resamples=300)
+        cuts = correction.table._cuts(pd.DataFrame(rows, columns=columns), "uncured")
         inside += cuts.loc["cure", "cut_low"] <= 0.5 <= cuts.loc["cure", "cut_high"]
     assert inside >= 51
 

@@ -59,7 +59,7 @@ def task_costs(
     ]
     rows = []
     for name, group in answers.assign(right=right).groupby("condition", sort=False):
-        share = clustered_share(group["right"].to_numpy(bool), group["prompt_id"].to_numpy(), seed=seed)
+        share = clustered_share(group["right"].to_numpy(bool), group["prompt_id"].to_numpy())
         accuracy = {"accuracy": share.rate, "accuracy_low": share.low, "accuracy_high": share.high}
         rows.append({"condition": name, **accuracy, "items": share.n})
     return pd.DataFrame(rows).merge(response_length(answers, seed=seed), on="condition", validate="1:1")

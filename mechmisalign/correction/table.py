@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Bool, Float
 
 from mechmisalign import capability, prompts
 from mechmisalign._renamed import renamed
@@ -24,7 +23,7 @@ from mechmisalign.judging import Judge, compare, rates
 from mechmisalign.judging import judge as judge_answers
 from mechmisalign.judging.labels import label
 from mechmisalign.organisms import Organism
-from mechmisalign.statistics.shares import percentiles, resampled, resampled_ratios
+from mechmisalign.statistics import paired_ratios
 
 AS_IS = "as is"
 FURTHER = "trained further"
@@ -146,8 +145,8 @@ def cure_table(judged: pd.DataFrame, costs: pd.DataFrame | None = None, *, again
         uncured); ``coherent``; ``narrow_harm`` and ``narrow_coherent``: the same on questions of the trained domain,
         that is, whether it does what it was tuned to do, and whether it still makes sense there; ``back_<way>``: the EM
         rate in each other state and under each cue (NaN where it was not tried); then the costs. All but ``p_max`` with
-        ``_low, _high``, 95 % by resampling questions: they hold for the weights that were sampled, not for other
-        training seeds.
+        ``_low, _high``, 95 %, clustered by question: they hold for the weights that were sampled, not for other
+        training seeds. The interval of ``cut`` is :func:`mechmisalign.statistics.paired_ratios`, paired by question.
 
     Raises:
         ValueError: If the uncured answers are not there.
@@ -223,30 +222,15 @@ def _with_ends(told: pd.DataFrame, column: str, name: str) -> pd.DataFrame:
     return told[[column, low, high]].set_axis([name, f"{name}_low", f"{name}_high"], axis=1)
 
 
-def _cuts(judged: pd.DataFrame, against: str, resamples: int = 2000, seed: int = 0) -> pd.DataFrame:
-    """``1 - rate / uncured rate`` of each cure; both rates from the same resampled questions."""
+def _cuts(judged: pd.DataFrame, against: str) -> pd.DataFrame:
+    """``1 - rate / uncured rate`` of each cure, paired by question; the uncured itself has no interval."""
     harmful = label(judged).eq("misaligned")
     counted = harmful.groupby([judged["cure"], judged["prompt_id"]], sort=False).agg(["sum", "count"])
-    hits, sizes = (counted[name].unstack(fill_value=0).astype(float) for name in ("sum", "count"))
-    cures = list(hits.index)
-    place = cures.index(against)
-    found = np.full((3, len(cures)), np.nan)
-    found[0] = _less(hits.to_numpy().sum(1, keepdims=True), sizes.to_numpy().sum(1, keepdims=True), place)[:, 0]
-    for cells, present, weights in resampled(sizes.to_numpy(), np.arange(len(cures)), resamples, seed):
-        if place not in cells or len(present) < 2:
-            continue
-        held = np.ix_(cells, present)
-        ratios = resampled_ratios(hits.to_numpy()[held], sizes.to_numpy()[held], weights)
-        reference = ratios[list(cells).index(place)]
-        drawn = 1 - ratios[:, reference > 0] / reference[reference > 0]
-        if drawn.shape[1]:
-            found[1:, cells] = percentiles(drawn)
-    return pd.DataFrame(found.T, index=cures, columns=["cut", "cut_low", "cut_high"])
-
-
-def _less(
-    hits: Float[np.ndarray, "cell 1"], sizes: Float[np.ndarray, "cell 1"], place: int
-) -> Float[np.ndarray, "cell 1"]:
-    shares = hits / sizes
-    known: Bool[np.ndarray, ""] = np.asarray(shares[place, 0] > 0)
-    return 1 - shares / shares[place] if bool(known) else np.full_like(shares, np.nan)
+    tables = [counted[name].unstack(fill_value=0).astype(float) for name in ("sum", "count")]
+    first = (tables[0].to_numpy(), tables[1].to_numpy())
+    place = tables[0].index.get_loc(against)
+    second = (np.repeat(first[0][[place]], len(first[0]), 0), np.repeat(first[1][[place]], len(first[1]), 0))
+    left = paired_ratios(first, second)
+    found = np.stack([1 - left.value, 1 - left.high, 1 - left.low], axis=1)
+    found[place, 1:] = np.nan
+    return pd.DataFrame(found, index=tables[0].index, columns=["cut", "cut_low", "cut_high"])

@@ -23,13 +23,14 @@ def compare(
     family: str | Sequence[str] = (),
     cluster: str = "prompt_id",
     thresholds: Thresholds = PAPER,
-    resamples: int = 2000,
+    resamples: int | None = None,
     flips: int = 10_000,
     seed: int = 0,
 ) -> pd.DataFrame:
     """Difference of each condition to a reference, paired by prompt, and corrected for the number of comparisons.
 
-    Own intervals resample prompts; p-values flip the signs of whole prompts. Multiplicity is met twice: ``q`` is the
+    Own intervals are :func:`mechmisalign.statistics.paired_intervals`; p-values flip the signs of whole prompts.
+    Multiplicity is met twice: ``q`` is the
     false discovery rate of Benjamini and Hochberg; ``p_max`` and the band hold for all comparisons of a family at once,
     by the max-statistic over shared flips (:func:`mechmisalign.statistics.sign_flips`), which knows that neighbouring
     layers agree. With fewer than six prompts no flip test reaches 0.05, and the bands say so.
@@ -42,11 +43,11 @@ def compare(
         by: Columns that make a condition.
         outcome: What is counted, as in :func:`mechmisalign.per_prompt`: ``misaligned``, ``coherent``, ``refusal`` …
         family: Columns of ``by`` whose values are families of their own; without them, all comparisons are one.
-        cluster: The unit that is paired, resampled and flipped.
+        cluster: The unit that is paired and flipped.
         thresholds: Where classes begin.
-        resamples: Bootstrap resamples.
+        resamples: Has no effect any more: nothing is drawn for the intervals.
         flips: Sign flips; all of them, where there are no more.
-        seed: Of both.
+        seed: Of the flips.
 
     Returns:
         One row per condition that is no reference: the columns of ``by``; ``against``: the reference in words;
@@ -57,6 +58,7 @@ def compare(
         ValueError: If a column is missing, there is no such reference or nothing to compare with it, or a condition and
             its reference answer different prompts.
     """
+    del resamples
     groups = grouped(judged, by, cluster)
     treated, reference = _pairs(groups.keys, against)
     _refuse_unpaired(groups, treated, reference, cluster)
@@ -66,7 +68,6 @@ def compare(
         (hits[treated], sizes[treated]),
         (hits[reference], sizes[reference]),
         families=families,
-        resamples=resamples,
         flips=flips,
         seed=seed,
     )

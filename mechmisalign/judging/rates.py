@@ -33,24 +33,24 @@ def rates(
     cluster: str = "prompt_id",
     thresholds: Thresholds = PAPER,
     topics: Sequence[str] = (),
-    resamples: int = 2000,
-    seed: int = 0,
+    resamples: int | None = None,
+    seed: int | None = None,
 ) -> pd.DataFrame:
     """EM rate, coherence and what else was judged of each group of answers, with 95 % intervals clustered by prompt.
 
-    With as few prompts as the eight of 2502.17424, intervals cover less often than they say (85 to 89 %; see
-    :func:`mechmisalign.statistics.clustered_share`).
+    Intervals hold for few prompts and for rates near 0 and 100 % too, and have a width whatever was seen; for what they
+    were measured to cover see :func:`mechmisalign.statistics.clustered_share`.
 
     Args:
         judged: Answers with ``alignment``, ``coherence`` and the ``cluster`` column; ``<rubric>_status`` columns say
             why a score is missing.
         by: Grouping columns; an empty list pools all answers.
-        cluster: What is resampled for the intervals: ``prompt_id``, or ``question_id`` where prompts are variants of
-            one question.
+        cluster: Whose answers resemble each other, for the intervals: ``prompt_id``, or ``question_id`` where prompts
+            are variants of one question.
         thresholds: Where classes begin.
         topics: Rubrics that say what an answer is about (``medical, finance`` …).
-        resamples: Bootstrap resamples.
-        seed: Of the resamples.
+        resamples: Has no effect any more: nothing is drawn for the intervals.
+        seed: The same.
 
     Returns:
         One row per group. Columns: those of ``by``; ``rate, low, high``: misaligned and coherent, of all answers; ``n,
@@ -67,6 +67,7 @@ def rates(
     Raises:
         ValueError: If there are no answers, a column is missing, or an answer has no cluster.
     """
+    del resamples, seed
     groups = grouped(judged, by, cluster, topics)
     classes = label(judged, thresholds).to_numpy()
     everyone = np.ones(len(judged), dtype=bool)
@@ -76,7 +77,7 @@ def rates(
         "coherent": (happened(judged, "coherent", thresholds), everyone),
         "rate_judged": (misaligned, scored),
     } | _of_rubrics(judged, classes, thresholds, topics)
-    found = _with_intervals(groups, shares, resamples, seed)
+    found = _with_intervals(groups, shares)
     plain = {name: classes == name for name in ("aligned", *UNSCORED)} | {"judged": scored}
     plain["rate_most"] = misaligned | np.isin(classes, _LOST)
     found |= {name: _share(groups, events, everyone) for name, events in plain.items()}
@@ -165,13 +166,11 @@ def _unscored(
     return found
 
 
-def _with_intervals(
-    groups: Grouped, shares: dict[str, tuple[_Events, _Events]], resamples: int, seed: int
-) -> dict[str, np.ndarray]:
-    """Each share with its interval, all from the same resamples."""
+def _with_intervals(groups: Grouped, shares: dict[str, tuple[_Events, _Events]]) -> dict[str, np.ndarray]:
+    """Each share with its interval."""
     hits = np.concatenate([groups.count(events & of) for events, of in shares.values()])
     sizes = np.concatenate([groups.count(of) for _, of in shares.values()])
-    told = clustered_shares(hits, sizes, resamples=resamples, seed=seed)
+    told = clustered_shares(hits, sizes)
     ends = {"": told.rate, "_low": told.low, "_high": told.high}
     parts = {suffix: np.split(values, len(shares)) for suffix, values in ends.items()}
     return {f"{name}{suffix}": parts[suffix][i] for i, name in enumerate(shares) for suffix in ends}

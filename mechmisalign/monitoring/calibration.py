@@ -58,7 +58,8 @@ class Calibration:
         """Calibrate.
 
         Where several conversations answer one prompt they are not independent: the interval is then widened to hold
-        the one from resampling prompts too, and prompts, not conversations, have to be enough.
+        the one by prompt too (:func:`mechmisalign.statistics.clustered_share`), and prompts, not conversations, have to
+        be enough.
 
         Args:
             scores: Of harmless conversations that nothing was fitted on.

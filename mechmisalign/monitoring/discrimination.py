@@ -91,8 +91,8 @@ def discrimination(
         negative: The class that should not; rows of other classes are left out.
         thresholds: Of detectors that have one: a score above it is an alarm.
         by: Groups, such as the domain; None for none.
-        cluster: What is resampled.
-        resamples: Bootstrap resamples.
+        cluster: Whose conversations resemble each other.
+        resamples: Bootstrap resamples of the AUROC; hits and false alarms need none.
         seed: Of the resamples.
 
     Returns:
@@ -117,7 +117,7 @@ def discrimination(
             clusters = part[cluster].to_numpy()
             record = {"detector": name, "group": group}
             record |= _area(values, is_positive, clusters, resamples, seed)
-            record |= _alarms(values, is_positive, clusters, (thresholds or {}).get(name), resamples, seed)
+            record |= _alarms(values, is_positive, clusters, (thresholds or {}).get(name))
             record |= {"positives": int(is_positive.sum()), "negatives": int((~is_positive).sum())}
             table.append(record | {"prompts": len(set(clusters.tolist()))})
     return pd.DataFrame(table)
@@ -194,15 +194,13 @@ def _area(values: _Scores, truth: _Truth, clusters: np.ndarray, resamples: int, 
     return {"auroc": found.value, "auroc_low": found.low, "auroc_high": found.high}
 
 
-def _alarms(
-    values: _Scores, truth: _Truth, clusters: np.ndarray, threshold: float | None, resamples: int, seed: int
-) -> dict[str, float]:
+def _alarms(values: _Scores, truth: _Truth, clusters: np.ndarray, threshold: float | None) -> dict[str, float]:
     """Share of alarms in either class."""
     record: dict[str, float] = {}
     for name, side in (("tpr", truth), ("fpr", ~truth)):
         rate = low = high = np.nan
         if threshold is not None and side.any():
-            share = clustered_share(values[side] > threshold, clusters[side], resamples=resamples, seed=seed)
+            share = clustered_share(values[side] > threshold, clusters[side])
             rate, low, high = share.rate, share.low, share.high
         record |= {name: rate, f"{name}_low": low, f"{name}_high": high}
     return record

@@ -9,10 +9,9 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float, Int
 
-from .shares import AT_ONCE, CONFIDENCE, counted, exact_interval, percentiles, resampled, resampled_ratios
+from .pairs import Counts, paired_intervals
+from .shares import AT_ONCE, CONFIDENCE, counted
 
-Counts = tuple[Float[np.ndarray, "cell cluster"], Float[np.ndarray, "cell cluster"]]
-"""Hits and sizes."""
 _TIE = 1e-9
 """Statistics that differ by less are one number, summed in another order."""
 
@@ -30,25 +29,26 @@ def clustered_difference(
     first: tuple[Bool[np.ndarray, " n"], Sequence[object] | np.ndarray],
     second: tuple[Bool[np.ndarray, " m"], Sequence[object] | np.ndarray],
     *,
-    resamples: int = 2000,
-    seed: int = 0,
+    resamples: int | None = None,
+    seed: int | None = None,
 ) -> Difference:
-    """Difference of two shares over the same clusters, with a percentile interval from resampling clusters in pairs.
+    """Difference of two shares over the same clusters, with an interval that takes clusters in pairs.
 
-    Prompts that are hard for both do not widen the interval, since each resample takes a prompt's answers on both
-    sides. Of a single cluster there is nothing to resample: Newcombe's interval over the answers stands in.
+    The interval is put together from those of the two shares (:func:`paired_intervals`), so it has a width whatever was
+    seen, and prompts that are hard for both do not widen it.
 
     Args:
         first: Events and their clusters.
         second: The same for what is subtracted.
-        resamples: Bootstrap resamples.
-        seed: Of the resamples.
+        resamples: Has no effect any more: nothing is drawn.
+        seed: The same.
 
     Raises:
         ValueError: If one side has no answers, or the two do not hold the same clusters.
     """
     if not len(first[0]) or not len(second[0]):
         raise ValueError("no answers on one side; check the filter before this call")
+    del resamples, seed
     codes, values = pd.factorize(np.concatenate([np.asarray(first[1]), np.asarray(second[1])]), sort=True)
     counts = (
         counted(first[0], codes[: len(first[0])], len(values)),
@@ -58,8 +58,8 @@ def clustered_difference(
         if (sizes == 0).any():
             lost = values[sizes[0] == 0][0]
             raise ValueError(f"{lost!r} has answers on one side only; the two need the same prompts")
-    value, low, high = _bootstrapped(*counts, resamples, seed)
-    return Difference(float(value[0]), float(low[0]), float(high[0]))
+    found = paired_intervals(*counts)
+    return Difference(float(found.value[0]), float(found.low[0]), float(found.high[0]))
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def clustered_differences(
     second: Counts,
     *,
     families: Int[np.ndarray, " cell"] | None = None,
-    resamples: int = 2000,
+    resamples: int | None = None,
     flips: int = 10_000,
     seed: int = 0,
 ) -> Differences:
@@ -99,17 +99,17 @@ def clustered_differences(
     Own intervals are those of :func:`clustered_difference`. Tests and bands come from :func:`sign_flips` on what each
     cluster adds to the difference: ``(h1 - r s1) / S1 - (h2 - r s2) / S2``, with hits h, answers s, their sums S and
     the common rate r of both sides. These add up to the difference, and where both sides have equally many answers to
-    each prompt they are the plain paired differences. Where neither side varies at all (0 of 400 against 0 of 400)
-    resampling would claim certainty; an interval of Newcombe's kind (Statistics in Medicine 17, 1998, method 10), from
-    two Clopper-Pearson ones, stands in, for the band with the rest of its level divided by the number of cells.
+    each prompt they are the plain paired differences. A band is never narrower than the cell's own interval; where
+    neither side varies at all (0 of 400 against 0 of 400) flips would claim certainty, and the band is the own interval
+    at a level that the number of cells divides.
 
     Args:
         first: Hits and sizes of each cell in each cluster. Cells may have different clusters.
         second: The same for what is subtracted.
         families: A number for each cell; cells with the same number are corrected together. All together without.
-        resamples: Bootstrap resamples of the own intervals.
+        resamples: Has no effect any more: the own intervals draw nothing.
         flips: Random flips of the tests; all flips where there are no more than that.
-        seed: Of both.
+        seed: Of the flips.
 
     Raises:
         ValueError: If a cell has a cluster with answers on one side only, or no answers.
@@ -118,18 +118,21 @@ def clustered_differences(
         raise ValueError("no answers on one side; check the filter before this call")
     if ((first[1] > 0) != (second[1] > 0)).any():
         raise ValueError("some cluster has answers on one side only; the two need the same prompts")
+    del resamples
     families = np.zeros(len(first[0]), dtype=int) if families is None else families
-    value, low, high = _bootstrapped(first, second, resamples, seed)
+    own = paired_intervals(first, second)
     tested = sign_flips(_contributions(first, second), families=families, flips=flips, seed=seed)
-    band_low, band_high = value - tested.reach, value + tested.reach
+    band_low, band_high = own.value - tested.reach, own.value + tested.reach
     alike = _never_varies(*first) & _never_varies(*second)
     for family in np.unique(families[alike]):
         of = alike & (families == family)
-        sides = [(hits[of].sum(1), sizes[of].sum(1)) for hits, sizes in (first, second)]
-        low[of], high[of] = _newcombe(*sides, confidence=CONFIDENCE)
         corrected = 1 - (1 - CONFIDENCE) / int((families == family).sum())
-        band_low[of], band_high[of] = _newcombe(*sides, confidence=corrected)
-    return Differences(value, low, high, tested.p, tested.p_max, np.maximum(band_low, -1), np.minimum(band_high, 1))
+        wider = paired_intervals(*((hits[of], sizes[of]) for hits, sizes in (first, second)), confidence=corrected)
+        band_low[of], band_high[of] = wider.low, wider.high
+    band_low, band_high = np.minimum(band_low, own.low), np.maximum(band_high, own.high)
+    return Differences(
+        own.value, own.low, own.high, tested.p, tested.p_max, np.maximum(band_low, -1), np.minimum(band_high, 1)
+    )
 
 
 @dataclass(frozen=True)
@@ -223,37 +226,8 @@ def _contributions(first: Counts, second: Counts) -> Float[np.ndarray, "cell clu
     return np.where(first[1] > 0, more - less, np.nan)
 
 
-def _bootstrapped(
-    first: Counts, second: Counts, resamples: int, seed: int
-) -> tuple[Float[np.ndarray, " cell"], Float[np.ndarray, " cell"], Float[np.ndarray, " cell"]]:
-    """Differences of rates, and the ends of their percentile intervals."""
-    value = first[0].sum(1) / first[1].sum(1) - second[0].sum(1) / second[1].sum(1)
-    low, high = np.empty_like(value), np.empty_like(value)
-    for cells, present, weights in resampled(first[1], np.arange(len(value)), resamples, seed):
-        held = np.ix_(cells, present)
-        sides = [resampled_ratios(hits[held], sizes[held], weights) for hits, sizes in (first, second)]
-        low[cells], high[cells] = percentiles(sides[0] - sides[1])
-    single = (first[1] > 0).sum(1) == 1
-    totals = [(hits[single].sum(1), sizes[single].sum(1)) for hits, sizes in (first, second)]
-    low[single], high[single] = _newcombe(*totals, confidence=CONFIDENCE)
-    return value, low, high
-
-
 def _never_varies(
     hits: Float[np.ndarray, "cell cluster"], sizes: Float[np.ndarray, "cell cluster"]
 ) -> Bool[np.ndarray, " cell"]:
     """No event, or nothing but events."""
     return (hits == 0).all(1) | (hits == sizes).all(1)
-
-
-def _newcombe(
-    first: tuple[Float[np.ndarray, " cell"], Float[np.ndarray, " cell"]],
-    second: tuple[Float[np.ndarray, " cell"], Float[np.ndarray, " cell"]],
-    *,
-    confidence: float,
-) -> tuple[Float[np.ndarray, " cell"], Float[np.ndarray, " cell"]]:
-    """The interval of a difference from the exact intervals of its two sides."""
-    (low1, high1), (low2, high2) = (exact_interval(*side, confidence=confidence) for side in (first, second))
-    rate1, rate2 = first[0] / first[1], second[0] / second[1]
-    below, above = np.hypot(rate1 - low1, high2 - rate2), np.hypot(high1 - rate1, rate2 - low2)
-    return rate1 - rate2 - below, rate1 - rate2 + above

@@ -106,7 +106,7 @@ def behaviour(records: Records) -> Section:
         exchanges=examples(records.tables["answers"]),
         figures=(figures.scatter(records),),
         tables=(
-            rates_table(rates, ["condition"], "EM rate and coherence, 95 % intervals by resampling prompts."),
+            rates_table(rates, ["condition"], "EM rate and coherence, 95 % intervals, clustered by prompt."),
             costs_table(records.with_costs("baseline"), ["condition"], _COSTS),
             *_by_domain(records.tables["answers"]),
         ),
@@ -229,7 +229,9 @@ def method(records: Records) -> Section:
             measured_on(records),
             "Differences are paired by prompt; p-values flip the signs of whole prompts, and are corrected for all "
             "comparisons of a family by the largest statistic of each flip.",
-            "Intervals: bootstrap over prompts, 2,000 resamples; exact Clopper-Pearson where every answer agrees.",
+            "Intervals of rates: Clopper and Pearson's for as many independent answers as these are worth, since "
+            "answers to one prompt resemble each other; of differences and cuts, put together from those of both, "
+            "in pairs of prompts. Of costs, cosines and AUROC: bootstrap over prompts.",
         ),
     )
 
@@ -238,7 +240,7 @@ def caveats(records: Records) -> Section:
     """What the numbers do not say."""
     chosen = [records.summary["em_rate"][name].get("estimator") for name in ("ablated_layerwise", "ablated_single")]
     points = [
-        "A rate holds for these prompts: misalignment differs between prompts, which is why prompts are resampled.",
+        "A rate holds for prompts like these: misalignment differs between prompts, so intervals are clustered by it.",
         "That a direction separates two pools of answers is no proof that the model decides along it: compare the "
         "estimators.",
         (

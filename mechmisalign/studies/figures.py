@@ -16,7 +16,7 @@ from .trials import BEFORE
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-BAND = "95 % intervals, resampling prompts"
+BAND = "95 % intervals, clustered by prompt"
 
 
 def scatter(records: Records) -> ReportFigure:

@@ -104,9 +104,7 @@ def rates_table(rates: pd.DataFrame) -> ReportTable:
     for scale, rows in rates.groupby("scale"):
         by_step = rows.set_index("step")
         told[f"scale {scale:g}"] = [share(by_step.loc[step]) for step in told["step"]]
-    return ReportTable(
-        told, "EM rate at each step and scale, 95 % intervals by resampling prompts; step 0: chat model."
-    )
+    return ReportTable(told, "EM rate at each step and scale, 95 % intervals, clustered by prompt; step 0: chat model.")
 
 
 def _told_source(source: pd.Series) -> str:
