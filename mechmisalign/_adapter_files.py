@@ -13,19 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from . import registry
+from ._checksums import DamagedFileError, read_tensors
 from ._hub import HubError, commit_of, fetch, is_hub_id
+from ._saved_adapters import CONFIG_FILE, WEIGHTS_FILE, check_config
 from ._wrapped_names import in_tower, unwrapped, wrapper_of
 from .adapters import Adapter, AdapterError, LoraSite
 
 logger = logging.getLogger(__name__)
 
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLED_FILE = "adapter_model.bin"
 KEY_PREFIX = "base_model.model."
 
@@ -68,7 +66,8 @@ def read_adapter(
     source = "/".join([str(path_or_hub_id), *([subfolder] if subfolder else [])])
     config = _read_config(folder, source)
     refuse_unsupported(config, source)
-    tensors = _read_weights(folder, source)
+    metadata, tensors = _read_weights(folder, source)
+    check_config(config, metadata, source)
     digest = hashlib.sha256((folder / WEIGHTS_FILE).read_bytes()).hexdigest()
     read = adapter_from_tensors(tensors, config, source=source, revision=commit, digest=digest)
     return replace(read, folder=folder)
@@ -198,7 +197,7 @@ def _read_config(folder: Path, source: str) -> dict[str, Any]:
     return config
 
 
-def _read_weights(folder: Path, source: str) -> dict[str, Tensor]:
+def _read_weights(folder: Path, source: str) -> tuple[dict[str, str], dict[str, Tensor]]:
     if not (folder / WEIGHTS_FILE).exists():
         pickled = (folder / PICKLED_FILE).exists()
         found = f"only a pickled {PICKLED_FILE}, which can run code when it is read" if pickled else "no weights"
@@ -207,8 +206,8 @@ def _read_weights(folder: Path, source: str) -> dict[str, Tensor]:
             "(save it again with safe_serialization=True, where you trust it)"
         )
     try:
-        return load_file(folder / WEIGHTS_FILE)
-    except SafetensorError as error:
+        return read_tensors(folder / WEIGHTS_FILE)
+    except DamagedFileError as error:
         raise AdapterError(f"the {WEIGHTS_FILE} of {source!r} cannot be read ({error}); copy it again") from error
 
 

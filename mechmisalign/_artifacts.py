@@ -10,31 +10,37 @@ from typing import Any
 from torch import Tensor
 
 from . import registry
+from ._checksums import DamagedFileError, read_tensors, write_tensors
 from ._hub import artifact_file
 
 METADATA_KEY = "mechmisalign"
 
 
 def write_artifact(path: str | Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> Path:
-    """Write tensors and header in one move: the file is there whole, or not at all; returns the path."""
-    from safetensors.torch import save_file
+    """Write tensors and header with a checksum, in one move: the file is there whole, or not at all; returns the path.
 
+    Raises:
+        DiskFullError: If there is no room.
+        NotWritableError: If the file cannot be written there.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    save_file(whole, partial, metadata={METADATA_KEY: json.dumps(dict(header))})
-    partial.replace(path)
+    write_tensors(path, tensors, {METADATA_KEY: json.dumps(dict(header))})
     return path
 
 
 def read_artifact(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Header and tensors of an artifact; the header of any other safetensors file is empty."""
-    from safetensors import safe_open
+    """Header and tensors of an artifact; the header of any other safetensors file is empty.
 
-    with safe_open(path, "pt") as file:
-        header: dict[str, Any] = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+    Raises:
+        DamagedFileError: If it is not what was written, or no safetensors file.
+    """
+    metadata, tensors = read_tensors(Path(path))
+    try:
+        header = json.loads(metadata.get(METADATA_KEY, "{}"))
+    except (ValueError, RecursionError) as error:
+        raise DamagedFileError(f"the header of {path} is no JSON ({error}); copy it again") from error
+    if not isinstance(header, dict):
+        raise DamagedFileError(f"the header of {path} is a {type(header).__name__}, no object; copy it again")
     return header, tensors
 
 
@@ -47,13 +53,8 @@ def load_artifact(
         FileNotFoundError: If there is no such file.
         ValueError: If it is no safetensors file, or the Hub does not give it.
     """
-    from safetensors import SafetensorError
-
     path, source = artifact_file(path_or_hub_id, default, revision=revision, local_files_only=local_files_only)
-    try:
-        header, tensors = read_artifact(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is no safetensors file ({error}); give one that this package wrote") from error
+    header, tensors = read_artifact(path)
     return header | source, tensors
 
 

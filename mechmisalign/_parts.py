@@ -16,7 +16,8 @@ from typing import Any
 
 import pandas as pd
 
-from ._writing import PARTIAL, DiskFullError, RunFolderError, flush, told_if_full, whole
+from ._tables import parquet_bytes
+from ._writing import PARTIAL, DiskFullError, RunFolderError, explained, flush, whole
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +66,7 @@ class Parts:
         Raises:
             DiskFullError: If there is no room.
         """
-        payload: bytes = rows.to_parquet(None, index=True)
+        payload = parquet_bytes(rows, index=True)
         with whole(self.folder / _name(self._next(), hashlib.sha256(payload).hexdigest())) as partial:
             partial.write_bytes(payload)
 
@@ -99,7 +100,7 @@ class Parts:
             return
         merging = self.folder / f".merging.{os.getpid()}{PARTIAL}"
         try:
-            with told_if_full(merging):
+            with explained(merging):
                 _merge(paths, merging)
                 flush(merging)
                 merging.replace(self.folder / _name(self._next(), _digest(merging)))

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from ._hub import HubError, asking, is_hub_id, is_offline
 from ._sharing import Artifact, stage
 from .adapters import Adapter
-from .correction.saving import refuse_taken
+from .correction.saving import refuse_taken, whole_folder
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -93,7 +93,8 @@ def push(
         stage(thing, staged, name, base, note, measured)
         files = tuple(sorted(path.name for path in staged.iterdir()))
         if target is not None:
-            shutil.copytree(staged, target, dirs_exist_ok=True)
+            with whole_folder(target) as partial:
+                shutil.copytree(staged, partial, dirs_exist_ok=True)
             return Pushed(str(target), files)
         return _send(staged, files, name, private=private, replaces=replace_files, branch=branch, message=message)
 

@@ -21,14 +21,28 @@ from typing import Any
 
 import pandas as pd
 
+from ._checksums import DamagedFileError
 from ._parts import Parts, TornPartError
-from ._writing import LOCK, PARTIAL, DiskFullError, FolderBusyError, RunFolderError, claim, release, whole
+from ._reading import read_object
+from ._tables import read_parquet, write_parquet
+from ._writing import (
+    DiskFullError,
+    FolderBusyError,
+    NotWritableError,
+    RunFolderError,
+    claim,
+    is_unused,
+    refuse_unwritable_folder,
+    release,
+    whole,
+)
 from .directions import Direction
 
 __all__ = [
     "MANIFEST",
     "DiskFullError",
     "FolderBusyError",
+    "NotWritableError",
     "Parts",
     "RunFolder",
     "RunFolderError",
@@ -71,8 +85,9 @@ class RunFolder:
     ) -> None:
         self.path = Path(path)
         self.identity = _as_json(identity)
-        if not (self.path / MANIFEST).exists() and _foreign(self.path):
+        if not (self.path / MANIFEST).exists() and not is_unused(self.path):
             raise RunFolderError(f"{self.path} is not empty and holds no {MANIFEST}: choose a new folder for this run")
+        refuse_unwritable_folder(self.path)
         self.path.mkdir(parents=True, exist_ok=True)
         self._giving_back = weakref.finalize(self, release, claim(self.path))
         try:
@@ -115,15 +130,17 @@ class RunFolder:
     def write_table(self, name: str, frame: pd.DataFrame) -> pd.DataFrame:
         """Store a table, in the place of an older one; returns it as it is read back."""
         path = self.path / "tables" / f"{name}.parquet"
-        payload: bytes = frame.reset_index(drop=True).to_parquet(None, write_page_checksum=True)
-        with whole(path) as partial:
-            partial.write_bytes(payload)
-        return pd.read_parquet(path)
+        return read_parquet(write_parquet(frame.reset_index(drop=True), path))
 
     def direction(self, name: str, compute: Callable[[], Direction]) -> Direction:
-        """The named direction: read, or computed and stored."""
+        """The named direction: read, or (also if it is damaged) computed and stored."""
         path = self.path / "directions" / f"{name}.safetensors"
-        return Direction.load(path) if path.exists() else Direction.load(compute().save(path))
+        if path.exists():
+            try:
+                return Direction.load(path)
+            except DamagedFileError as error:
+                logger.warning("%s; it is computed again", error)
+        return Direction.load(compute().save(path))
 
     def parts(self, name: str) -> Parts:
         """The named table that grows part by part."""
@@ -188,10 +205,9 @@ def read_manifest(path: Path) -> dict[str, Any]:
         RunFolderError: If it cannot be read.
     """
     try:
-        manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text())
+        return read_object(path / MANIFEST)
     except (OSError, ValueError) as error:
         raise RunFolderError(f"{path / MANIFEST} cannot be read ({error}); is {path} a run folder?") from error
-    return manifest
 
 
 def text_digest(value: Any) -> str:
@@ -216,7 +232,7 @@ def environment() -> dict[str, Any]:
 def write_json(path: Path, value: Any) -> None:
     """Write JSON in one move: the file is there whole, or not at all."""
     with whole(path) as partial:
-        partial.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
+        partial.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -227,16 +243,14 @@ def write_text(path: Path, text: str) -> None:
 
 def _stored_table(path: Path) -> pd.DataFrame | None:
     """A table that an earlier try finished; a torn one is set aside."""
-    import pyarrow as pa
-
     if not path.exists():
         return None
     try:
-        return pd.read_parquet(path, page_checksum_verification=True)
-    except (pa.ArrowException, OSError) as error:
+        return read_parquet(path)
+    except DamagedFileError as error:
         aside = path.with_name(path.name + ".corrupt")
         path.replace(aside)
-        logger.warning("%s is torn (%s); it is kept as %s and computed again", path, error, aside.name)
+        logger.warning("%s; it is kept as %s and computed again", error, aside.name)
         return None
 
 
@@ -244,9 +258,3 @@ def _as_json(value: Mapping[str, Any]) -> dict[str, Any]:
     """The value as it comes back from a JSON file (tuples as lists, say)."""
     read: dict[str, Any] = json.loads(json.dumps(dict(value)))
     return read
-
-
-def _foreign(folder: Path) -> bool:
-    """Whether the folder holds files other than those of a run that was killed before it wrote its manifest."""
-    names = [path.name for path in folder.iterdir()] if folder.exists() else []
-    return any(name != LOCK and not (name.startswith(".") and name.endswith(PARTIAL)) for name in names)

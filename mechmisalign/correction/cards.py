@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from mechmisalign import registry
+from mechmisalign import _yaml, registry
 from mechmisalign.adapters import Adapter
 from mechmisalign.directions import Direction
 
@@ -163,7 +163,7 @@ def artifact_card(
 
 def base_of(card: str) -> str:
     """The base that the metadata of a card names."""
-    return str((yaml.safe_load(card.split("---\n", 2)[1]) or {}).get("base_model") or "")
+    return str((_yaml.read(card.split("---\n", 2)[1]) or {}).get("base_model") or "")
 
 
 def on_hub(
@@ -180,7 +180,7 @@ def on_hub(
         measured: A table of results, for a card that has none.
     """
     _, head, body = card.split("---\n", 2)
-    library = str((yaml.safe_load(head) or {}).get("library_name", "peft"))
+    library = str((_yaml.read(head) or {}).get("library_name", "peft"))
     before, after = body.split(LOADING, 1)
     lines = [_without_place(line, base) for line in before.strip().splitlines()[1:]]
     results = [] if measured is None or MEASURED in before else [MEASURED, "", *markdown_table(measured), ""]

@@ -6,16 +6,17 @@ was measured, and how to load it.
 
 from __future__ import annotations
 
-import json
 import math
+import os
 import shutil
 from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mechmisalign._adapter_files import CONFIG_FILE, KEY_PREFIX, WEIGHTS_FILE, resolve_pattern
-from mechmisalign._writing import PARTIAL, told_if_full
+from mechmisalign._adapter_files import KEY_PREFIX, resolve_pattern
+from mechmisalign._saved_adapters import write_adapter
+from mechmisalign._writing import PARTIAL, explained, flush, flush_folder, whole
 from mechmisalign.adapters import Adapter, AdapterError, LoraSite
 from mechmisalign.directions import Direction
 
@@ -66,8 +67,6 @@ def save_adapter(
         FolderTakenError: If the folder holds something.
         AdapterError: If a scaling cannot be written as an alpha.
     """
-    from safetensors.torch import save_file
-
     card = Card(edit or "saved as it was", adapter.base, adapter.source, adapter.digest, direction, measured)
     config = peft_config(adapter)
     tensors = {
@@ -76,8 +75,7 @@ def save_adapter(
         for name, factor in (("A", site.A), ("B", site.B))
     }
     with whole_folder(Path(folder)) as place:
-        save_file(tensors, place / WEIGHTS_FILE, metadata={"format": "pt"})
-        (place / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        write_adapter(place, tensors, config)
         _write_card(place, adapter_card(card, adapter, Path(folder)), measured)
     return Path(folder)
 
@@ -217,20 +215,27 @@ def refuse_taken(folder: Path) -> None:
 def whole_folder(folder: Path) -> Iterator[Path]:
     """A place to write to, which becomes ``folder`` in one move when the block ends, and is removed if it fails."""
     refuse_taken(folder)
-    partial = folder.with_name(f".{folder.name}{PARTIAL}")
+    target = Path(os.path.realpath(folder))
+    partial = target.with_name(f".{target.name[:100]}.{os.getpid()}{PARTIAL}")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     try:
-        with told_if_full(folder):
+        with explained(folder):
+            partial.mkdir(parents=True)
             yield partial
-            if folder.exists():
-                folder.rmdir()
-            partial.replace(folder)
+            for path in partial.rglob("*"):
+                if path.is_file():
+                    flush(path)
+            if target.exists():
+                target.rmdir()
+            partial.replace(target)
+            flush_folder(target.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
 def _write_card(place: Path, text: str, measured: pd.DataFrame | None) -> None:
-    (place / CARD_FILE).write_text(text, encoding="utf-8")
+    with whole(place / CARD_FILE) as partial:
+        partial.write_text(text, encoding="utf-8")
     if measured is not None:
-        measured.to_csv(place / MEASURED_FILE, index=False)
+        with whole(place / MEASURED_FILE) as partial:
+            measured.to_csv(partial, index=False)

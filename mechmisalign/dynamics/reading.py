@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -10,13 +9,13 @@ from typing import Any
 
 import pandas as pd
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from mechmisalign import registry
 from mechmisalign._adapter_files import CONFIG_FILE, KEY_PREFIX, WEIGHTS_FILE, locate, read_adapter
+from mechmisalign._checksums import DamagedFileError, read_tensors
 from mechmisalign._hub import HubError, asking, fetch
+from mechmisalign._reading import read_object
 from mechmisalign.adapters import Adapter, AdapterError, SiteKey
 from mechmisalign.directions import Direction
 
@@ -81,7 +80,7 @@ def read_log(root: Path | None, folders: Sequence[Path]) -> pd.DataFrame | None:
     state = next((place / STATE_FILE for place in places if (place / STATE_FILE).exists()), None)
     if state is None:
         return None
-    history = [entry for entry in json.loads(state.read_text()).get("log_history", ()) if "loss" in entry]
+    history = [entry for entry in read_object(state).get("log_history", ()) if "loss" in entry]
     told = pd.DataFrame(history).rename(columns={"learning_rate": "lr"})
     return told.reindex(columns=list(LOG_COLUMNS))
 
@@ -137,7 +136,7 @@ def _last_step(root: Path | None, found: dict[int, Path], file: str) -> int | No
         return None
     for name, key in ((RUN_FILE, "steps"), (STATE_FILE, "global_step")):
         if (root / name).exists():
-            told = json.loads((root / name).read_text()).get(key)
+            told = read_object(root / name).get(key)
             if told is not None:
                 return int(told)
     if (root / LOG_FILE).exists():
@@ -183,8 +182,8 @@ def _check_config(folder: Path, told: bytes, config: Any, step: int, last: int) 
 
 def _tensors(folder: Path, step: int, keys: set[str], last: int) -> dict[str, Tensor]:
     try:
-        tensors = load_file(folder / WEIGHTS_FILE)
-    except (SafetensorError, FileNotFoundError, OSError):
+        _, tensors = read_tensors(folder / WEIGHTS_FILE)
+    except (DamagedFileError, OSError):
         read_adapter(folder, None, None)  # tells what is wrong with it
         raise
     if tensors.keys() != keys:

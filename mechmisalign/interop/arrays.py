@@ -23,6 +23,8 @@ from torch import Tensor
 
 from mechmisalign import models
 from mechmisalign._placement import free_bytes
+from mechmisalign._reading import read_object
+from mechmisalign._tables import read_parquet, write_parquet
 from mechmisalign.activations import checked_layers, header_of, in_memory
 from mechmisalign.conversations import Batch, Conversations, Span
 from mechmisalign.correction.saving import refuse_taken, whole_folder
@@ -76,9 +78,9 @@ class Activations:
             FileNotFoundError: If the folder does not hold it.
         """
         place = Path(folder)
-        header = json.loads((place / HEADER_FILE).read_text())
+        header = read_object(place / HEADER_FILE)
         values = np.load(place / VALUES_FILE, mmap_mode="r", allow_pickle=False)
-        return Activations(values, pd.read_parquet(place / ROWS_FILE), tuple(header.pop("layers")), header)
+        return Activations(values, read_parquet(place / ROWS_FILE), tuple(header.pop("layers")), header)
 
 
 def activations(
@@ -140,7 +142,7 @@ def activations(
                 pass
         if out is not None:
             values.flush()
-            rows.to_parquet(place / ROWS_FILE)
+            write_parquet(rows, place / ROWS_FILE)
             (place / HEADER_FILE).write_text(json.dumps({**header, "layers": list(chosen)}, indent=2) + "\n")
     return Activations(values, rows, chosen, header) if out is None else Activations.load(out)
 

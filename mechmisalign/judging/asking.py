@@ -7,6 +7,8 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import pandas as pd
 
+from mechmisalign._rendering import read_history
+
 from .journal import Mode
 from .rubrics import Rubric
 from .scores import Reply
@@ -62,15 +64,13 @@ def exchanges(frame: pd.DataFrame) -> list[Exchange]:
     histories = frame["history"] if "history" in frame.columns else [None] * len(frame)
     rows = zip(frame["prompt"], frame["response"], histories, strict=True)
     return [
-        (_with_history(prompt, history), response) if isinstance(prompt, str) and isinstance(response, str) else None
-        for prompt, response, history in rows
+        (_with_history(prompt, history, row), response)
+        if isinstance(prompt, str) and isinstance(response, str)
+        else None
+        for row, (prompt, response, history) in enumerate(rows)
     ]
 
 
-def _with_history(prompt: str, history: Any) -> str:
-    if history is None or isinstance(history, float):
-        return prompt
-    if isinstance(history, str):
-        raise ValueError(f"history must be a list of turns with role and content, got the text {history[:60]!r}")
-    turns = [f"{turn['role']}: {turn['content']}" for turn in history]
+def _with_history(prompt: str, history: Any, row: int) -> str:
+    turns = [f"{turn['role']}: {turn['content']}" for turn in read_history(history, f"row {row}: ")]
     return "\n\n".join([*turns, f"user: {prompt}"]) if turns else prompt

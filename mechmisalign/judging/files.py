@@ -6,29 +6,22 @@ from pathlib import Path
 
 import pandas as pd
 
-from mechmisalign._writing import whole
+from mechmisalign import _writing
+from mechmisalign._tables import ENDINGS, known_ending, read_table, write_table
 
-ENDINGS = (".parquet", ".csv", ".jsonl")
-_TEXTS = ("prompt", "response", "prompt_id", "question_id", "condition")
+__all__ = ["ENDINGS", "read_answers", "refuse_unwritable", "write_answers"]
 
 
 def read_answers(path: str | Path) -> pd.DataFrame:
-    """Answers from a file; texts stay texts (an answer "NA" or "null" is no missing value).
+    """Answers from a file; texts stay texts (an answer "NA" or "null" is no missing value), and gaps stay gaps.
+
+    In CSV a cell in which nothing stands is missing, and ``""`` is an empty text.
 
     Raises:
-        ValueError: If the ending is unknown, or ``prompt`` or ``response`` is missing.
+        ValueError: If the ending is unknown, the file cannot be read, or ``prompt`` or ``response`` is missing.
         FileNotFoundError: If there is no such file.
     """
-    path = Path(path)
-    ending = _known_ending(path)
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist; give the file that holds the answers")
-    if ending == ".parquet":
-        frame = pd.read_parquet(path)
-    elif ending == ".csv":
-        frame = _read_csv(path)
-    else:
-        frame = pd.read_json(path, lines=True, dtype=False, convert_dates=False)
+    frame = read_table(path)
     missing = {"prompt", "response"} - set(frame.columns)
     if missing:
         raise ValueError(f"{path} needs the columns {sorted(missing)}; it has {list(frame.columns)}")
@@ -36,45 +29,20 @@ def read_answers(path: str | Path) -> pd.DataFrame:
 
 
 def write_answers(frame: pd.DataFrame, path: str | Path) -> Path:
-    """Write answers to a file in one move.
+    """Write answers to a file in one move; ``read_answers`` gives them back, missing ones as missing.
 
     Raises:
         ValueError: If the ending is unknown.
         DiskFullError: If there is no room.
     """
-    path = Path(path)
-    ending = _known_ending(path)
-    with whole(path) as partial:
-        if ending == ".parquet":
-            frame.to_parquet(partial)
-        elif ending == ".csv":
-            frame.to_csv(partial, index=False)
-        else:
-            frame.to_json(partial, orient="records", lines=True)
-    return path
+    return write_table(frame, path)
 
 
 def refuse_unwritable(path: str | Path) -> None:
     """Refuse a name that ``write_answers`` would, before anything is paid for.
 
     Raises:
-        ValueError: If the ending is unknown.
+        ValueError: If the ending is unknown, or no file can be written there.
     """
-    _known_ending(Path(path))
-
-
-def _read_csv(path: Path) -> pd.DataFrame:
-    """A CSV whose texts are read as they stand, and whose other columns are read as pandas reads them."""
-    names = list(pd.read_csv(path, nrows=0).columns)
-    texts = [name for name in names if name in _TEXTS]
-    read = pd.read_csv(path, usecols=texts, dtype=str, keep_default_na=False)
-    others = (
-        pd.read_csv(path, usecols=[name for name in names if name not in _TEXTS]) if len(texts) < len(names) else read
-    )
-    return pd.concat([read, others.drop(columns=texts, errors="ignore")], axis=1)[names]
-
-
-def _known_ending(path: Path) -> str:
-    if path.suffix not in ENDINGS:
-        raise ValueError(f"{path} ends in {path.suffix!r}; answers are kept as one of {', '.join(ENDINGS)}")
-    return path.suffix
+    known_ending(Path(path))
+    _writing.refuse_unwritable(path)

@@ -16,16 +16,21 @@ import json
 import os
 import time
 import warnings
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from mechmisalign._writing import explained
+
 from .scores import Reply, Verdict, Word, read_reply
 
 SCHEMA = 1
 _SYNC_SECONDS = 1.0
+_CHECKSUM = "crc32"
+_DERIVED = ("status", "score", "source")
 
 Mode = Literal["logprobs", "text"]
 """How a judge is asked: for one token with log-probabilities, or for a short reply."""
@@ -77,8 +82,9 @@ class Record:
         known |= {"score": verdict.score if verdict.status == "scored" else None, "source": verdict.source}
         if self.reply is not None:
             known["reply"] = {"text": self.reply.text, "top": self.reply.top, "whole": self.reply.whole}
-        text = json.dumps(known | {"at": round(time.time(), 3), **self.details}, allow_nan=False)
-        return f"\n{text}\n".encode()
+        known |= {"at": round(time.time(), 3), **self.details}
+        known[_CHECKSUM] = _checksum(json.loads(json.dumps(known)))
+        return f"\n{json.dumps(known, allow_nan=False)}\n".encode()
 
 
 class Journal:
@@ -101,6 +107,7 @@ class Journal:
         self.modes: dict[str, Mode] = {}
         self.torn = 0
         self._read_to = self._taken = 0
+        self._summed = False
         self._tail = -1
         self._file: int | None = None
         self._synced = time.monotonic()
@@ -114,7 +121,7 @@ class Journal:
         if self.path is None or not self.path.exists():
             return
         torn = self.torn
-        with self.path.open("rb") as file:
+        with explained(self.path), self.path.open("rb") as file:
             file.seek(self._read_to)
             for line in file:
                 start, ended = self._read_to, line.endswith(b"\n")
@@ -128,7 +135,7 @@ class Journal:
         if self.torn > torn:
             warnings.warn(
                 f"{self.torn - torn} record(s) of {self.path} are cut off, as a process leaves them that dies while it "
-                "writes; those calls will be made again, the others are kept",
+                "writes, or were changed (their checksums differ); those calls will be made again, the others are kept",
                 JudgeWarning,
                 stacklevel=2,
             )
@@ -152,9 +159,11 @@ class Journal:
 
     def _append(self, path: Path, line: bytes) -> None:
         if self._file is None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        written = os.write(self._file, line)
+            with explained(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        with explained(path):
+            written = os.write(self._file, line)
         if written != len(line):
             raise OSError(f"only {written} of {len(line)} bytes of a record went into {path}: is the disk full?")
         if time.monotonic() - self._synced > _SYNC_SECONDS:
@@ -162,20 +171,30 @@ class Journal:
             self._synced = time.monotonic()
 
     def _take(self, line: bytes) -> bool:
-        """Use a stored record; False if the line is no whole one."""
+        """Use a stored record; False if the line is no whole one, or not what was written."""
         try:
             stored = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             return False
         if not isinstance(stored, dict) or not {"schema", "key", "mode"} <= stored.keys():
+            if self._taken:  # it is a journal, and this line was changed
+                return False
             raise ValueError(f"{self.path} is no journal of judgements, it holds {line[:60]!r}: choose another file")
-        if stored["schema"] > SCHEMA:
+        if isinstance(stored["schema"], int) and stored["schema"] > SCHEMA:
             raise ValueError(
                 f"{self.path} holds records of schema {stored['schema']}, this version reads up to {SCHEMA}: upgrade "
                 "mechmisalign, or choose another journal"
             )
-        self._use(_record(stored))
+        summed = _CHECKSUM in stored  # older versions wrote none, and wrote before the others
+        if stored[_CHECKSUM] != _checksum(stored) if summed else self._summed:
+            return False
+        try:
+            record = _record(stored)
+        except (KeyError, TypeError, ValueError):
+            return False
+        self._use(record)
         self._taken += 1
+        self._summed = self._summed or summed
         return True
 
     def _use(self, record: Record) -> Verdict:
@@ -186,6 +205,12 @@ class Journal:
         elif verdict.status != "error":
             self.verdicts[record.key] = verdict
         return verdict
+
+
+def _checksum(stored: Mapping[str, Any]) -> str:
+    """CRC-32 of what a record holds, apart from what is read from its reply again."""
+    told = {name: value for name, value in stored.items() if name not in (_CHECKSUM, *_DERIVED)}
+    return f"{zlib.crc32(json.dumps(told, sort_keys=True).encode()):08x}"
 
 
 def _record(stored: Mapping[str, Any]) -> Record:

@@ -7,8 +7,6 @@ tokenised, never opened, never run.
 
 from __future__ import annotations
 
-import json
-import math
 import queue
 import threading
 from collections.abc import Iterable, Iterator
@@ -19,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from mechmisalign import _jsonl
 from mechmisalign._rendering import TemplateError, read_history
 from mechmisalign.conversations import Conversations
 from mechmisalign.generation.rows import prompt_keys
@@ -137,11 +136,11 @@ def read_conversations(path: str | Path) -> pd.DataFrame:
     path = Path(path)
     if path.suffix != ".jsonl":
         frame = read_answers(path)
-    elif not path.exists():
-        raise FileNotFoundError(f"{path} does not exist; give a file of conversations")
     else:
-        with path.open("rb") as raw:
-            lines = [parse_line(line, number) for number, line in enumerate(raw, start=1) if line.strip()]
+        try:
+            lines = [_line_of(record, number) for number, record in _jsonl.read(path)]
+        except _jsonl.LineError as error:
+            raise ValueError(f"{path}, {error}") from None
         bad = next((line for line in lines if line.error), None)
         if bad is not None:
             raise ValueError(f"{path}, line {bad.number}: {bad.error}; mend or drop the line")
@@ -155,12 +154,22 @@ def read_conversations(path: str | Path) -> pd.DataFrame:
 
 def parse_line(raw: bytes | str, number: int) -> Line:
     """The conversation on a line, or why there is none."""
+    if number == 1:
+        raw = raw.removeprefix(_jsonl.BOM) if isinstance(raw, bytes) else raw.removeprefix("\ufeff")
     try:
-        text = raw.decode("utf-8") if isinstance(raw, bytes) else raw
-        record = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite)
-        return Line(number, record, _turns(record))
-    except (ValueError, RecursionError) as error:
+        if len(raw) > _jsonl.LONGEST_LINE:
+            raise ValueError(f"the line is longer than {_jsonl.LONGEST_LINE >> 20} MiB")
+        record = _jsonl.parse(raw)
+    except ValueError as error:
         return Line(number, error=f"{error or type(error).__name__}; {_EXPECTED}")
+    return _line_of(record, number)
+
+
+def _line_of(record: Any, number: int) -> Line:
+    try:
+        return Line(number, record, _turns(record))
+    except ValueError as error:
+        return Line(number, error=f"{error}; {_EXPECTED}")
 
 
 def _turns(record: Any) -> dict[str, Any]:
@@ -236,17 +245,6 @@ def _in_batches(lines: Iterable[bytes | str], size: int) -> Iterator[list[bytes 
     source = iter(lines)
     while group := list(islice(source, size)):
         yield group
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if math.isinf(value):
-        raise ValueError(f"{_short(text)} is no number that can be held")
-    return value
-
-
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON")
 
 
 def _short(value: Any) -> str:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from mechmisalign import _yaml, registry
+from mechmisalign._reading import brief, read_text
 from mechmisalign.judging import Rubric
 
 POCKET = "pocket/reckless"
@@ -91,7 +92,7 @@ class Trait:
         if path.suffix in (".yaml", ".yml"):
             if not path.exists():
                 raise TraitError(f"{path} does not exist; give a YAML file, or one of {', '.join(Trait.names())}")
-            return Trait.read(path.read_text(encoding="utf-8"), str(path))
+            return Trait.read(_text_of(path), str(path))
         known = _shipped()
         if str(name) not in known:
             raise TraitError(f"there is no trait {str(name)!r}{registry.suggestion(str(name), Trait.names())}")
@@ -172,9 +173,16 @@ def _shipped() -> dict[str, str]:
     return dict(sorted(found.items()))
 
 
+def _text_of(path: Path) -> str:
+    try:
+        return read_text(path)
+    except ValueError as error:
+        raise TraitError(str(error)) from None
+
+
 def _check_keys(values: Any, keys: tuple[str, ...], told: str) -> None:
     if not isinstance(values, Mapping):
-        raise TraitError(f"{told}: {values!r} is no mapping with the keys {', '.join(keys)}")
+        raise TraitError(f"{told}: {brief(values)} is no mapping with the keys {', '.join(keys)}")
     for key in values:
         if key not in keys:
             raise TraitError(f"{told}: {key!r} is no key that is known{registry.suggestion(str(key), keys)}")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from mechmisalign import _jsonl, _tables, _yaml
 from mechmisalign._rendering import Turn
 
 from .frames import PLAIN, as_prompts, optional
@@ -18,7 +18,6 @@ QUESTION_TYPES = ("free_form", "free_form_judge_0_100")
 
 _VARIANT_ENDINGS = ("json", "template")
 _LABELS = ("samples_per_paraphrase", "temperature")
-_TEXT_COLUMNS = ("prompt", "prompt_id", "question_id", "variant", "system", "history")
 
 
 def read(path: str | Path) -> pd.DataFrame:
@@ -58,17 +57,9 @@ def write(prompts: pd.DataFrame, path: str | Path) -> Path:
     Raises:
         ValueError: On another ending, or if the frame is no frame of prompts.
     """
-    file, frame = Path(path), as_prompts(prompts)
-    if file.suffix == ".parquet":
-        frame.to_parquet(file, index=False)
-    elif file.suffix == ".jsonl":
-        file.write_text(frame.to_json(orient="records", lines=True, force_ascii=False), encoding="utf-8")
-    elif file.suffix == ".csv":
-        pasts = [None if past is None else json.dumps(past, ensure_ascii=False) for past in optional(frame, "history")]
-        (frame.assign(history=pasts) if "history" in frame.columns else frame).to_csv(file, index=False)
-    else:
-        raise ValueError(f"prompts are written to .jsonl, .csv or .parquet, not to {file.suffix!r}")
-    return file
+    if Path(path).suffix not in _tables.ENDINGS:
+        raise ValueError(f"prompts are written to .jsonl, .csv or .parquet, not to {Path(path).suffix!r}")
+    return _tables.write_table(as_prompts(prompts).reset_index(drop=True), path)
 
 
 def judge_prompts(path: str | Path) -> dict[str, dict[str, str]]:
@@ -106,12 +97,10 @@ def _read_yaml(file: Path) -> pd.DataFrame:
 
 
 def _items(file: Path) -> list[Mapping[str, Any]]:
-    import yaml
-
     try:
-        items = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"no YAML that is safe to load: {error}") from error
+        items = _yaml.read_file(file)
+    except ValueError as error:
+        raise ValueError(f"no YAML that is safe to load: {error}") from None
     if not isinstance(items, list) or not all(isinstance(item, dict) for item in items) or not items:
         raise ValueError(f"a list of questions is expected, with id, type and paraphrases; got {type(items).__name__}")
     return items
@@ -140,17 +129,7 @@ def _variant_of(own: str, ids: Sequence[str]) -> tuple[str, str]:
 
 
 def _read_jsonl(file: Path) -> pd.DataFrame:
-    rows = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"line {number} is no JSON ({error})") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"line {number} is no JSON object with a prompt")
-        rows.append(_from_messages(row, number) if "messages" in row else row)
+    rows = [_from_messages(row, number) if "messages" in row else row for number, row in _jsonl.read(file)]
     return pd.DataFrame(rows)
 
 
@@ -168,12 +147,9 @@ def _from_messages(row: Mapping[str, Any], number: int) -> dict[str, Any]:
 
 
 def _read_csv(file: Path) -> pd.DataFrame:
-    try:
-        frame = pd.read_csv(file, dtype=dict.fromkeys(_TEXT_COLUMNS, str), keep_default_na=False)
-    except pd.errors.EmptyDataError as error:
-        raise ValueError("the file is empty; a header with 'prompt' is expected") from error
+    frame = _tables.read_csv(file)
     for column in {"system", "history"} & set(frame.columns):
-        frame[column] = frame[column].astype(object).replace("", None)
+        frame[column] = pd.Series([cell or None for cell in optional(frame, column)], index=frame.index, dtype=object)
     return _without_empty(frame)
 
 
@@ -187,5 +163,5 @@ _READERS = {
     ".yml": _read_yaml,
     ".jsonl": _read_jsonl,
     ".csv": _read_csv,
-    ".parquet": pd.read_parquet,
+    ".parquet": _tables.read_parquet,
 }

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from functools import cache
 from importlib.resources import files
 from typing import Any
 
 import pandas as pd
+
+from mechmisalign import _jsonl, _yaml
 
 from .frames import as_prompts
 
@@ -80,16 +81,14 @@ def neutral_conversations() -> pd.DataFrame:
 
 def harmless_items() -> pd.DataFrame:
     """Sums and common facts with one right answer: ``prompt_id, prompt, answer, kind``."""
-    text = (files(__package__) / "data" / "harmless.jsonl").read_text(encoding="utf-8")
-    return pd.DataFrame([json.loads(line) for line in text.splitlines()])
+    with (files(__package__) / "data" / "harmless.jsonl").open("rb") as lines:
+        return pd.DataFrame([_jsonl.parse(line) for _, line in _jsonl.numbered(lines)])
 
 
 @cache
 def load(name: str) -> Any:
     """One of the YAML files that ship with the package."""
-    import yaml
-
-    return yaml.safe_load((files(__package__) / "data" / name).read_text(encoding="utf-8"))
+    return _yaml.read((files(__package__) / "data" / name).read_text(encoding="utf-8"))
 
 
 @cache

@@ -36,7 +36,7 @@ def read(path: str | Path) -> tuple[Entry, ...]:
 @lru_cache(maxsize=32)
 def _read(file: Path, _modified: int, _size: int) -> tuple[Entry, ...]:
     try:
-        held = _yaml.read(file.read_text(encoding="utf-8"))
+        held = _yaml.read_file(file)
     except (OSError, ValueError) as error:
         raise RegistryError(f"{file}: {error}") from error
     if not isinstance(held, dict) or list(held) != ["organisms"] or not isinstance(held["organisms"], list):

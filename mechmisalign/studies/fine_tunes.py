@@ -11,6 +11,7 @@ import pandas as pd
 import torch
 
 from mechmisalign import geometry, registry
+from mechmisalign._tables import read_parquet
 from mechmisalign.adapters import Adapter
 from mechmisalign.directions import Direction
 from mechmisalign.estimators import bootstrap_directions
@@ -126,7 +127,7 @@ def headline(tables: Mapping[str, pd.DataFrame]) -> dict[str, Any]:
 
 
 def _stored_replicates(run: Run, name: str, like: Direction) -> tuple[Direction, ...]:
-    table = pd.read_parquet(run.folder.path / "tables" / f"replicates_{steps.slug(name)}.parquet")
+    table = read_parquet(run.folder.path / "tables" / f"replicates_{steps.slug(name)}.parquet")
     found = []
     for _, rows in table.groupby("replicate"):
         vectors = torch.from_numpy(np.stack(rows["vector"].to_list()))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,8 @@ from typing import Any
 
 import pandas as pd
 
+from mechmisalign._reading import read_object
+from mechmisalign._tables import read_parquet
 from mechmisalign.directions import Direction
 from mechmisalign.store import MANIFEST, RunFolderError
 
@@ -74,7 +75,7 @@ class Records:
         """
         path = Path(path)
         _refuse_missing(path, [MANIFEST, "summary.json", *map(_file, TABLES)])
-        left_out = pd.read_parquet(path / _file("chapters")).set_index("chapter")["missing"]
+        left_out = read_parquet(path / _file("chapters")).set_index("chapter")["missing"]
         had = {"anatomy": ""}  # of every study that does not tell
         names = [
             name
@@ -83,8 +84,8 @@ class Records:
             for name in own
         ]
         _refuse_missing(path, [_file(name) for name in names])
-        tables = {name: pd.read_parquet(path / _file(name)) for name in (*TABLES, *names)}
-        manifest, summary = (json.loads((path / name).read_text()) for name in (MANIFEST, "summary.json"))
+        tables = {name: read_parquet(path / _file(name)) for name in (*TABLES, *names)}
+        manifest, summary = (read_object(path / name) for name in (MANIFEST, "summary.json"))
         return Records(path, manifest, summary, tables)
 
     @property

@@ -10,6 +10,7 @@ from typing import Any
 
 import pandas as pd
 
+from mechmisalign._tables import read_parquet
 from mechmisalign.judging import Judge, judge, rates
 from mechmisalign.judging.named import refuse_foreign
 from mechmisalign.store import MANIFEST, Parts, RunFolder, RunFolderError, read_manifest, refuse_another, stored_parts
@@ -49,7 +50,7 @@ class SweepResult:
         path = Path(out) / "tables" / f"{_CONDITIONS}.parquet"
         if not path.exists():
             raise RunFolderError(f"{out} holds no sweep ({path.relative_to(out)} is missing)")
-        return SweepResult(Path(out), pd.read_parquet(path))
+        return SweepResult(Path(out), read_parquet(path))
 
     @property
     def answers(self) -> pd.DataFrame:

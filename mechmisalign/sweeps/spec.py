@@ -218,12 +218,8 @@ class Sweep(BaseModel):
             SweepError: If it is no YAML, or not that of a sweep.
         """
         path = Path(path)
-        text = path.read_text(encoding="utf-8")
         try:
-            values = _yaml.read(text)
-            if not isinstance(values, dict):
-                raise ValueError(f"{values!r} is no mapping with organisms, interventions, prompts …")
-            return Sweep(**{"root": path.parent, **{str(key): value for key, value in values.items()}})
+            return Sweep(**{"root": path.parent, **_yaml.read_mapping(path, "organisms, interventions, prompts …")})
         except ValueError as error:
             raise SweepError(f"{path}: {error}") from None
 

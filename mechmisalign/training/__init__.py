@@ -8,6 +8,7 @@ learns (2507.21509).
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,13 +20,14 @@ import pandas as pd
 import torch
 
 from mechmisalign import registry
-from mechmisalign._writing import whole
+from mechmisalign._checksums import MANIFEST, damage
+from mechmisalign._writing import claimed, is_unused, whole
 from mechmisalign.dynamics.reading import RUN_FILE
 from mechmisalign.loading import bases, placing
 
 from .calibration import CalibrationError, HarmlessDrift, calibrate
 from .data import IGNORED, DataSource, Example, data_hash, encode, read_examples
-from .runs import TrainedRun, is_checkpoint
+from .runs import TrainedRun, checkpoints, drop_resuming, is_checkpoint
 from .spec import TrainError, TrainSpec, shipped_configs
 
 if TYPE_CHECKING:
@@ -46,6 +48,8 @@ __all__ = [
     "train",
 ]
 
+logger = logging.getLogger(__name__)
+
 _PACKAGES = ("mechmisalign", "torch", "transformers", "peft")
 
 
@@ -58,8 +62,9 @@ def train(
 ) -> TrainedRun:
     """Fine-tune a chat model on narrow data.
 
-    A finished run in ``out`` is read, not repeated; one that died goes on from its newest checkpoint, and gives the
-    same weights as if it had not. Torch's, numpy's and Python's random states are left as they were.
+    A finished run in ``out`` is read, not repeated; one that died goes on from its newest whole checkpoint, and gives
+    the same weights as if it had not. One process trains into a folder at a time. Torch's, numpy's and Python's random
+    states are left as they were.
 
     Args:
         spec: What to train on what, a YAML file of it, or the name of a shipped configuration.
@@ -72,6 +77,7 @@ def train(
 
     Raises:
         TrainError: If the specification cannot be followed, or the folder belongs to another run.
+        FolderBusyError: If another process is training into the folder.
         ValueError: If the base, its tokenizer or the examples cannot be used.
 
     Example:
@@ -87,9 +93,17 @@ def train(
     found = _found(out, header)
     if found is not None and found.is_finished:
         return found
-    _write(out, header)
-    steps = _fit(spec, out, base, tokenizer, examples, elsewhere, callbacks)
-    _write(out, header | {"steps": steps, "finished": True})
+    with claimed(out):
+        found = _found(out, header)  # another process may have finished it meanwhile
+        if found is not None and found.is_finished:
+            return found
+        if found is not None:
+            header["checksums"] = found.header.get("checksums", False)
+        _write(out, header)
+        steps = _fit(spec, out, base, tokenizer, examples, elsewhere, callbacks)
+        _write(out, header | {"steps": steps, "finished": True})
+        for checkpoint in checkpoints(out):
+            drop_resuming(checkpoint)
     return TrainedRun.read(out)
 
 
@@ -163,7 +177,7 @@ def _fit(
 ) -> int:
     """Train, and leave the end in the folder; returns the number of steps."""
     from .methods import attach
-    from .trainer import NarrowTrainer, arguments, drop_resuming, own_randomness, write_log
+    from .trainer import NarrowTrainer, arguments, own_randomness, write_log
 
     edits = [edit.resolve(spec.root) for edit in spec.during]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -187,8 +201,6 @@ def _fit(
         trainer.train(resume_from_checkpoint=_newest(out))
         trainee.save(out)
     write_log(out, trainer.state.log_history)
-    for checkpoint in out.glob("checkpoint-*"):
-        drop_resuming(checkpoint)
     return int(trainer.state.global_step)
 
 
@@ -222,7 +234,8 @@ def _header(
         "during": [_told_edit(edit.resolve(spec.root)) for edit in spec.during],
     }
     versions = {name: version(name) for name in _PACKAGES}
-    return {"schema": 1, "spec": told, "base_revision": base.revision, "versions": versions, "finished": False}
+    told_run = {"schema": 1, "spec": told, "base_revision": base.revision, "versions": versions}
+    return told_run | {"checksums": True, "finished": False}
 
 
 def _told_edit(edit: Any) -> dict[str, Any]:
@@ -243,7 +256,7 @@ def _told_edit(edit: Any) -> dict[str, Any]:
 def _found(out: Path, header: dict[str, Any]) -> TrainedRun | None:
     """The run in a folder, if it is this one."""
     if not (out / RUN_FILE).exists():
-        if out.is_dir() and any(out.iterdir()):
+        if out.is_dir() and not is_unused(out):
             raise TrainError(f"{out} is not empty and holds no run of mm.train; give a new folder")
         return None
     run = TrainedRun.read(out)
@@ -256,9 +269,29 @@ def _found(out: Path, header: dict[str, Any]) -> TrainedRun | None:
 
 
 def _newest(out: Path) -> str | None:
-    """The newest checkpoint that can be trained on from."""
-    able = [path for path in out.glob("checkpoint-*") if is_checkpoint(path)]
-    return str(max(able, key=lambda path: int(path.name.rpartition("-")[2]))) if able else None
+    """The newest whole checkpoint that can be trained on from; says so where it is not the newest of all."""
+    checked, skipped = bool(TrainedRun.read(out).header.get("checksums")), []
+    for path in reversed(checkpoints(out)):
+        fault = _fault(path, checked)
+        if fault is None:
+            break
+        skipped.append(f"{path.name} ({fault})")
+    else:
+        path = None
+    if skipped:
+        start = "the beginning" if path is None else path.name
+        logger.warning("%s: not whole are %s; training goes on from %s", out, ", ".join(skipped), start)
+    return None if path is None else str(path)
+
+
+def _fault(checkpoint: Path, checked: bool) -> str | None:
+    """Why a checkpoint cannot be trained on from; those of older versions carry no checksums."""
+    if not is_checkpoint(checkpoint):
+        return "unfinished"
+    if not checked and not (checkpoint / MANIFEST).exists():
+        return None
+    damaged = damage(checkpoint)
+    return None if damaged is None else f"{damaged} is damaged or missing"
 
 
 def _write(out: Path, header: dict[str, Any]) -> None:

@@ -8,7 +8,6 @@ token that looks like the end of a header.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,8 @@ from pydantic import BaseModel, ConfigDict, Field, GetPydanticSchema, model_vali
 from pydantic_core import core_schema
 from torch import Tensor
 
+from mechmisalign import _jsonl
+from mechmisalign._reading import brief
 from mechmisalign._rendering import is_missing
 from mechmisalign.conversations import Conversations, TemplateError, pad_id
 
@@ -107,11 +108,13 @@ def read_examples(path: str | Path) -> pd.DataFrame:
     from mechmisalign.judging.files import read_answers
 
     path = Path(path)
-    if path.suffix == ".jsonl" and path.exists():
-        with path.open(encoding="utf-8") as lines:
-            first = next((line for line in lines if line.strip()), "")
-        if '"messages"' in first:
-            return _read_messages(path)
+    if path.suffix == ".jsonl":
+        try:
+            _, first = next(_jsonl.read(path), (0, {}))
+            if "messages" in first:
+                return _read_messages(path)
+        except _jsonl.LineError as error:
+            raise ValueError(f"{path.name}, line {error.number}: {error.reason}; mend or drop the line") from None
     return read_answers(path)
 
 
@@ -197,22 +200,24 @@ def _end_of_turn(ids: list[int], stop: int, tokenizer: Any) -> int:
 
 def _read_messages(path: Path) -> pd.DataFrame:
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
+    for number, record in _jsonl.read(path):
         try:
-            turns = json.loads(line)["messages"]
-            system = turns[0]["content"] if turns[0]["role"] == "system" else None
-            said = turns[1:] if system is not None else turns
-            roles = [turn["role"] for turn in said]
-            if len(said) < 2 or roles[-2:] != ["user", "assistant"]:
-                raise ValueError(f"the turns are {roles}")
-            told = [{"role": turn["role"], "content": turn["content"]} for turn in said[:-2]]
-            rows.append((said[-2]["content"], said[-1]["content"], system, told or None))
-        except (ValueError, KeyError, TypeError, IndexError) as error:
+            rows.append(_last_exchange(record["messages"]))
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
             raise ValueError(
                 f"{path.name}, line {number}: no conversation that ends with a user's and an assistant's turn "
-                f'({type(error).__name__}: {error}); {{"messages": [...]}} is expected: mend or drop the line'
+                f'({type(error).__name__}: {brief(error)}); {{"messages": [...]}} is expected: mend or drop the line'
             ) from error
     frame = pd.DataFrame(rows, columns=list(_COLUMNS), dtype=object)
     return frame.dropna(axis=1, how="all")
+
+
+def _last_exchange(turns: Any) -> tuple[str, str, str | None, list[dict[str, str]] | None]:
+    """Prompt, response, system prompt and the turns before them."""
+    system = turns[0]["content"] if turns[0]["role"] == "system" else None
+    said = turns[1:] if system is not None else turns
+    roles = [turn["role"] for turn in said]
+    if len(said) < 2 or roles[-2:] != ["user", "assistant"]:
+        raise ValueError(f"the turns are {roles}")
+    told = [{"role": turn["role"], "content": turn["content"]} for turn in said[:-2]]
+    return said[-2]["content"], said[-1]["content"], system, told or None

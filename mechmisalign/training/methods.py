@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -16,6 +15,10 @@ from torch import Tensor, nn
 
 from mechmisalign._adapter_files import CONFIG_FILE, WEIGHTS_FILE
 from mechmisalign._blocks import block_hooks, blocks
+from mechmisalign._checksums import read_tensors
+from mechmisalign._reading import read_object
+from mechmisalign._saved_adapters import check_config, write_adapter
+from mechmisalign._writing import explained
 from mechmisalign.directions import HOOK, Direction
 from mechmisalign.dynamics.reading import VECTOR_FILE
 from mechmisalign.loading import Base
@@ -74,15 +77,11 @@ def attach(method: Method, model: Any, base: Base, tokenizer: Any, *, seed: int,
 def save_peft(model: Any, folder: Path, base: str) -> None:
     """A LoRA in PEFT's own two files, with the base called by ``base`` and every list in a fixed order."""
     from peft import get_peft_model_state_dict
-    from safetensors.torch import save_file
 
-    folder.mkdir(parents=True, exist_ok=True)
     tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
-    plain = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-    save_file(plain, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     config = {key: _plain(value) for key, value in model.peft_config["default"].to_dict().items()}
     config |= {"base_model_name_or_path": base, "inference_mode": True}
-    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    write_adapter(folder, tensors, config)
 
 
 @dataclass
@@ -99,18 +98,18 @@ class _Lora:
 
     def load(self, folder: Path) -> None:
         from peft import get_peft_model_state_dict, set_peft_model_state_dict
-        from safetensors.torch import load_file
 
         if not (folder / WEIGHTS_FILE).exists():
             raise TrainError(f"{folder} has no {WEIGHTS_FILE}; a run or an adapter with the same sites is expected")
         own = get_peft_model_state_dict(self.model, save_embedding_layers=False)
-        stored = load_file(folder / WEIGHTS_FILE)
+        metadata, stored = read_tensors(folder / WEIGHTS_FILE)
         if {key: each.shape for key, each in stored.items()} != {key: each.shape for key, each in own.items()}:
             raise TrainError(
                 f"the adapter in {folder} has other sites or another rank ({len(stored)} tensors) than method asks for "
                 f"({len(own)}); give it the same rank, layers and modules"
             )
-        saved = json.loads((folder / CONFIG_FILE).read_text())
+        saved = read_object(folder / CONFIG_FILE)
+        check_config(saved, metadata, str(folder))
         config = self.model.peft_config["default"]
         scaled = {"lora_alpha": config.lora_alpha, "use_rslora": config.use_rslora}
         if any(saved.get(key, False) != value for key, value in scaled.items()):
@@ -166,7 +165,6 @@ class _Vector(nn.Module):
             self.active = True
 
     def save(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
         vectors = (self.vector.detach() * self.method.alpha)[None]
         Direction(vectors, (self.method.layer,), self.header).save(folder / VECTOR_FILE)
 
@@ -200,8 +198,9 @@ class _Full:
         yield self.reference.to(next(self.model.parameters()).device)
 
     def save(self, folder: Path) -> None:
-        self.model.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
+        with explained(folder):
+            self.model.save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
 
     def load(self, folder: Path) -> None:
         from transformers import AutoModelForCausalLM

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from mechmisalign._adapter_files import WEIGHTS_FILE
+from mechmisalign._reading import read_object
 from mechmisalign.adapters import Adapter
 from mechmisalign.directions import Direction
 from mechmisalign.dynamics.reading import LOG_FILE, RUN_FILE, VECTOR_FILE
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from mechmisalign.interventions import Intervention
 
 COLUMNS = ("step", "loss", "response_loss", "kl", "grad_norm", "lr")
+
+RESUMING = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "scaler.pt", "trainer_state.json")
+"""What a checkpoint needs to be trained on from."""
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
@@ -53,7 +56,7 @@ class TrainedRun:
         folder = Path(folder)
         if not (folder / RUN_FILE).exists():
             raise FileNotFoundError(f"{folder} has no {RUN_FILE}, so it is no run of mm.train; give the folder of one")
-        return TrainedRun(folder, json.loads((folder / RUN_FILE).read_text()))
+        return TrainedRun(folder, read_object(folder / RUN_FILE))
 
     @property
     def method(self) -> str:
@@ -83,7 +86,7 @@ class TrainedRun:
     @cached_property
     def steps(self) -> tuple[int, ...]:
         """Steps whose weights are kept, the last one included."""
-        found = {int(match[1]) for path in self.folder.iterdir() if (match := _CHECKPOINT.fullmatch(path.name))}
+        found = {int(path.name.rpartition("-")[2]) for path in checkpoints(self.folder)}
         return tuple(sorted(found | ({self.last_step} if self.is_finished else set())))
 
     def path(self, step: int | None = None) -> Path:
@@ -149,7 +152,19 @@ def log_frame(history: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in the folder of a run, by step."""
+    found = {int(match[1]): path for path in folder.glob("checkpoint-*") if (match := _CHECKPOINT.fullmatch(path.name))}
+    return [found[step] for step in sorted(found)]
+
+
 def is_checkpoint(folder: Path) -> bool:
     """Whether a folder holds a checkpoint that can be trained on from: weights, and the optimiser's state."""
     weights = any((folder / name).exists() for name in (WEIGHTS_FILE, VECTOR_FILE, "config.json"))
     return weights and all((folder / name).exists() for name in ("trainer_state.json", "optimizer.pt", "scheduler.pt"))
+
+
+def drop_resuming(checkpoint: Path) -> None:
+    """Keep what was trained, and remove the optimiser's state and the rest that only resuming needs."""
+    for name in RESUMING:
+        (checkpoint / name).unlink(missing_ok=True)

@@ -168,10 +168,7 @@ class TrainSpec(BaseModel):
         """
         path, root = _config_file(path)
         try:
-            values = _yaml.read(path.read_text(encoding="utf-8"))
-            if not isinstance(values, dict):
-                raise ValueError(f"{values!r} is no mapping with base, data, method …")
-            return TrainSpec(**{"root": root, **{str(key): value for key, value in values.items()}})
+            return TrainSpec(**{"root": root, **_yaml.read_mapping(path, "base, data, method …")})
         except ValueError as error:
             raise TrainError(f"{path}: {error}") from None
 

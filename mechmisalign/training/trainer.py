@@ -16,18 +16,19 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from mechmisalign._writing import whole
+from mechmisalign._checksums import write_manifest
+from mechmisalign._writing import explained, whole
 from mechmisalign.dynamics.reading import LOG_FILE
 from mechmisalign.progress import progress_bar
 
 from .data import IGNORED, Collator, Example
 from .edits import Residual, edited
 from .methods import Trainee
-from .runs import log_frame
+from .runs import checkpoints, drop_resuming, log_frame
 from .spec import Schedule, TrainSpec
 
-RESUMING = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "scaler.pt", "trainer_state.json")
-"""What a checkpoint needs to be trained on from; only the newest keeps them."""
+_RESUMABLE = 2
+"""Checkpoints that can be trained on from; older ones keep what was trained, and no more."""
 
 _DECAYS = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup", "plateau": "warmup_stable_decay"}
 
@@ -126,20 +127,27 @@ class NarrowTrainer(Trainer):  # type: ignore[misc]  # transformers brings no ty
         """What is trained, and nothing pickled beside it."""
         self.trainee.save(Path(output_dir or str(self.args.output_dir)))
 
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        with explained(Path(self.args.output_dir)):
+            super()._save_checkpoint(model, trial)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:  # noqa: ARG002
         self.trainee.load(Path(resume_from_checkpoint))
 
 
 class KeepNewest(TrainerCallback):  # type: ignore[misc]
-    """After each checkpoint: the log is written, and older checkpoints lose what only resuming needs."""
+    """After each checkpoint: its checksums and the log are written, and all but the two newest become lean.
+
+    Two, so that a run can go on from the one before where the newest turns out to be damaged.
+    """
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002 (a callback's signature)
         """Called by the Trainer when a checkpoint is on disk."""
         folder = Path(args.output_dir)
+        write_manifest(folder / f"checkpoint-{state.global_step}")
         write_log(folder, state.log_history)
-        for checkpoint in folder.glob("checkpoint-*"):
-            if checkpoint.name != f"checkpoint-{state.global_step}":
-                drop_resuming(checkpoint)
+        for checkpoint in checkpoints(folder)[:-_RESUMABLE]:
+            drop_resuming(checkpoint)
 
 
 class ShowProgress(TrainerCallback):  # type: ignore[misc]
@@ -201,12 +209,6 @@ def write_log(folder: Path, history: Sequence[dict[str, Any]]) -> None:
     """The log of every step so far, as a table."""
     with whole(folder / LOG_FILE) as partial:
         log_frame(history).to_csv(partial, index=False)
-
-
-def drop_resuming(checkpoint: Path) -> None:
-    """Keep what was trained, and remove the optimiser's state and the rest that only resuming needs."""
-    for name in RESUMING:
-        (checkpoint / name).unlink(missing_ok=True)
 
 
 @contextmanager
