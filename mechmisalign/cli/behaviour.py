@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from .console import console, show_rates, told_errors, told_warnings
+from .console import console, safe, show_rates, told_errors, told_warnings
 from .options import JudgeName, OldModel, refuse_model
 
 
@@ -27,13 +27,15 @@ def judge(
     model: OldModel = None,
 ) -> None:
     """Have a judge score answers; prints what it will take, then the rates. A run that died goes on where it was."""
-    with told_errors(), told_warnings():
+    with told_errors(journal), told_warnings():
         from mechmisalign import judging
+        from mechmisalign._writing import refuse_unwritable as refuse_file
         from mechmisalign.judging.files import read_answers, refuse_unwritable, write_answers
         from mechmisalign.judging.named import named_judge
 
         refuse_model(model)
         refuse_unwritable(out)
+        refuse_file(journal)
         names = [name.strip() for name in rubrics.split(",")]
         limits = (
             judging.Budget(dollars=budget, calls=max_calls) if budget is not None or max_calls is not None else None
@@ -45,12 +47,12 @@ def judge(
         frame = read_answers(answers)
         ask = getattr(scoring, "estimate", None)
         estimate = f"{len(frame):,} answers, no calls to make" if ask is None else str(ask(frame))
-        console.print(estimate, highlight=False, soft_wrap=True)
+        console.print(estimate, markup=False, highlight=False, soft_wrap=True)
         if dry_run:
             return
         judged = judging.judge(frame, scoring) if {"alignment", "coherence"} <= set(names) else scoring(frame)
         write_answers(judged, out)
-        console.print(f"judged answers: [bold]{out}[/bold]")
+        console.print(f"judged answers: [bold]{safe(out)}[/bold]")
         if {"alignment", "coherence"} <= set(judged.columns):
             if "prompt_id" not in judged.columns:
                 judged = judged.assign(prompt_id=judged["prompt"])
@@ -68,15 +70,17 @@ def sweep(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Tell how much there is to do, and do nothing.")] = False,
 ) -> None:
     """Sample and judge every condition of a grid into one table; prints the rates. A run that died goes on."""
-    with told_errors():
+    with told_errors(out):
         from mechmisalign import sweeps
+        from mechmisalign._writing import refuse_unwritable_folder
 
+        refuse_unwritable_folder(out)
         grid = sweeps.Sweep.read(spec)
-        console.print(str(sweeps.status(grid, out)), highlight=False, soft_wrap=True)
+        console.print(str(sweeps.status(grid, out)), markup=False, highlight=False, soft_wrap=True)
         if dry_run:
             return
         by_ray = sweeps.RayExecutor(address, workers, gpus_per_worker=gpus_per_worker)
         result = sweeps.sweep(grid, out, executor=by_ray if executor == "ray" else executor)
         if result.is_judged:
             show_rates(result.rates(), ["condition"], "EM rate with 95 % interval by prompt")
-    console.print(f"answers: [bold]{out}[/bold], read by mechmisalign.sweeps.SweepResult.read")
+    console.print(f"answers: [bold]{safe(out)}[/bold], read by mechmisalign.sweeps.SweepResult.read")

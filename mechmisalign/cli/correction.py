@@ -9,7 +9,7 @@ import typer
 
 from mechmisalign import registry
 
-from .console import OrganismName, console, show, told_errors, told_warnings
+from .console import OrganismName, console, safe, show, told_errors, told_warnings
 from .options import JudgeName, OldModel, refuse_model
 
 if TYPE_CHECKING:
@@ -40,14 +40,16 @@ def cure(
     model: OldModel = None,
 ) -> None:
     """Project a direction out of an organism; writes an ordinary adapter or model, with a card of what it does."""
-    with told_errors(), told_warnings():
+    with told_errors(out, "if the folder is there it is whole: remove it to begin again"), told_warnings():
         from mechmisalign import correction
+        from mechmisalign._writing import refuse_unwritable_folder
         from mechmisalign.correction.saving import refuse_taken
         from mechmisalign.directions import Direction as Loaded
         from mechmisalign.organisms import load_organism
 
         refuse_model(model)
         refuse_taken(out)
+        refuse_unwritable_folder(out)
         found = Loaded.load(direction)
         sick = load_organism(organism)
         found = found if layer is None else found.everywhere(layer)
@@ -56,13 +58,13 @@ def cure(
             edit, states = _adapter(sick, found, out)
         else:
             edit, states = _weights(sick, found, out)
-        console.print(edit, highlight=False, soft_wrap=True)
+        console.print(edit, markup=False, highlight=False, soft_wrap=True)
         if scoring is not None:
             drawn = {"samples": samples, "max_new_tokens": max_new_tokens, "seed": seed}
             table = _measured(sick, states, asked, scoring, drawn)
             correction.add_measured(out, table)
             _show(table)
-    console.print(f"cured {method}: [bold]{out}[/bold], with a card in README.md")
+    console.print(f"cured {method}: [bold]{safe(out)}[/bold], with a card in README.md")
 
 
 def _adapter(sick: Organism, direction: Direction, out: Path) -> tuple[str, dict[str, Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .console import console, show, told_errors, told_warnings, uncollected
+from .console import console, safe, show, told_errors, told_warnings, uncollected
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -17,10 +17,12 @@ def show_deltas(tuned: str, base: str, subfolder: str | None, out: Path | None) 
     """The table of weight differences, and a figure of the share of each rank by layer and module."""
     with told_errors(), told_warnings(), uncollected():
         from mechmisalign import plots
+        from mechmisalign._writing import refuse_unwritable_folder
         from mechmisalign.deltas import Weights, weight_deltas
 
-        table = weight_deltas(Weights.open(tuned, subfolder), base)
         name = Path(tuned).name if subfolder is None else f"{Path(tuned).name}_{subfolder}"
+        refuse_unwritable_folder(out or Path("anatomy") / name)
+        table = weight_deltas(Weights.open(tuned, subfolder), base)
         figure = plots.save_figure(
             plots.delta_shares(table), table, out or Path("anatomy") / name, "weight_deltas", endings=("png",)
         )
@@ -31,7 +33,7 @@ def show_deltas(tuned: str, base: str, subfolder: str | None, out: Path | None) 
     outside = 1 - float((matrices["norm"] ** 2).sum() / (table["norm"] ** 2).sum()) if table["norm"].any() else 0.0
     console.print(f"norms and biases: {len(table) - len(matrices)} vectors, {outside:.2%} of the squared norm")
     console.print("rank r: share of ‖ΔW‖² in the r largest singular values (of a random matrix of that shape)")
-    console.print(f"figure: [bold]{figure}[/bold]; table: [bold]{figure.with_suffix('.csv')}[/bold]")
+    console.print(f"figure: [bold]{safe(figure)}[/bold]; table: [bold]{safe(figure.with_suffix('.csv'))}[/bold]")
 
 
 def _shown(matrices: pd.DataFrame) -> pd.DataFrame:

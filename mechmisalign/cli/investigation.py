@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .console import OrganismName, console, show_headlines, told_errors
+from .console import OrganismName, console, safe, show_headlines, told_errors
 
 
 def study(
@@ -20,14 +20,16 @@ def study(
     ] = "default",
 ) -> None:
     """Find, induce, remove, transfer and cure an organism's misalignment; writes tables, figures and report.html."""
-    from mechmisalign.studies import default_settings
-    from mechmisalign.studies import study as run_study
+    with told_errors(out):
+        from mechmisalign._writing import refuse_unwritable_folder
+        from mechmisalign.studies import default_settings
+        from mechmisalign.studies import study as run_study
 
-    with told_errors():
+        refuse_unwritable_folder(out)
         settings = default_settings(organism, seed=seed, quick=quick)
         finished = run_study(organism, out, checkpoints=checkpoints, settings=settings)
     show_headlines(finished.summary)
-    console.print(f"report: [bold]{finished.report}[/bold]")
+    console.print(f"report: [bold]{safe(finished.report)}[/bold]")
 
 
 def direction(
@@ -37,18 +39,20 @@ def direction(
     seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
 ) -> None:
     """Estimate one direction from an organism's own judged answers and save it with its header."""
-    from mechmisalign.studies import estimate_direction
-
     with told_errors():
+        from mechmisalign._writing import refuse_unwritable
+        from mechmisalign.studies import estimate_direction
+
+        refuse_unwritable(out)
         found = estimate_direction(organism, estimator, seed=seed)
         path = found.save(out)
     norms = ", ".join(f"{found.norm(layer):.3g}" for layer in found.layers)
-    console.print(f"[bold]{path}[/bold]: {found.header['method']}; norm by layer: {norms}")
+    console.print(f"[bold]{safe(path)}[/bold]: {safe(found.header['method'])}; norm by layer: {norms}")
 
 
 def report(run: Annotated[Path, typer.Argument(help="A finished run folder.")]) -> None:
     """Draw the figures and the report of a finished run again, from its tables alone."""
-    from mechmisalign.studies.chapters import write_study_report
-
     with told_errors():
-        console.print(f"report: [bold]{write_study_report(run)}[/bold]")
+        from mechmisalign.studies.chapters import write_study_report
+
+        console.print(f"report: [bold]{safe(write_study_report(run))}[/bold]")

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from .console import OrganismName, console, show, told_errors, told_warnings, uncollected
+from .console import OrganismName, console, safe, show, told_errors, told_warnings, uncollected
 from .deltas import show_deltas
 from .options import JudgeName
 from .tables import show_organisms
@@ -135,12 +135,14 @@ def anatomy(
         return
     with told_errors(), uncollected():
         from mechmisalign import plots
+        from mechmisalign._writing import refuse_unwritable_folder
         from mechmisalign.adapters import Adapter
         from mechmisalign.decomposition import anatomy as sites_of
 
-        table = sites_of(Adapter.load(adapter, subfolder=subfolder))
         name = Path(adapter).name if subfolder is None else f"{Path(adapter).name}_{subfolder}"
         folder = out or Path("anatomy") / name
+        refuse_unwritable_folder(folder)
+        table = sites_of(Adapter.load(adapter, subfolder=subfolder))
         figure = plots.save_figure(plots.site_heatmap(table), table, folder, "anatomy", endings=("png",))
     shown = table.assign(singular_values=[_several(values) for values in table["singular_values"]]).rename(
         columns=_SHORT
@@ -148,7 +150,7 @@ def anatomy(
     show(shown.head(_SHOWN_SITES), f"anatomy of {adapter}: {len(table)} sites")
     if len(table) > _SHOWN_SITES:
         console.print(f"… {len(table) - _SHOWN_SITES} more sites in the table on disk")
-    console.print(f"heat map: [bold]{figure}[/bold]; table: [bold]{figure.with_suffix('.csv')}[/bold]")
+    console.print(f"heat map: [bold]{safe(figure)}[/bold]; table: [bold]{safe(figure.with_suffix('.csv'))}[/bold]")
 
 
 def pocket_build(
@@ -156,11 +158,13 @@ def pocket_build(
     seed: Annotated[int, typer.Option(help="Seed of everything.")] = 0,
 ) -> None:
     """Train the whole zoo again from its seed: about ten minutes on two cores."""
-    from mechmisalign.pocket import zoo
-
     with told_errors():
+        from mechmisalign._writing import refuse_unwritable_folder
+        from mechmisalign.pocket import zoo
+
+        refuse_unwritable_folder(out)
         zoo.build(out, seed=seed)
-    console.print(f"zoo: [bold]{out}[/bold]")
+    console.print(f"zoo: [bold]{safe(out)}[/bold]")
 
 
 def _several(values: tuple[float, ...]) -> str:

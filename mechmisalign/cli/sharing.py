@@ -22,12 +22,10 @@ def push(
 ) -> None:
     """Push to the Hub with a generated card; log in with `hf auth login` first."""
     with told_errors():
-        import pandas as pd
-
+        from mechmisalign._tables import read_table
         from mechmisalign.hub import push as put
 
-        reader = pd.read_parquet if measured is not None and measured.suffix == ".parquet" else pd.read_csv
-        table = None if measured is None else reader(measured)
+        table = None if measured is None else read_table(measured)
         shown = {"base": base, "note": note, "measured": table}
         options: dict[str, Any] = {"private": not public, "replace_files": replace, "branch": branch, **shown}
         done = put(path, repo, **options)

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from rich.markup import escape
 from rich.table import Table
 
-from .console import console
+from .console import console, safe
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,7 +25,7 @@ def show_organisms(frame: pd.DataFrame) -> None:
     for head in heads:
         table.add_column(head, justify="right" if head in ("EM", "coherent", "steps") else "left", overflow="fold")
     for row in frame.to_dict("records"):
-        table.add_row(*(escape(_CELLS[head](row)) for head in heads))
+        table.add_row(*(safe(_CELLS[head](row)) for head in heads))
     console.print(table)
     console.print(
         f"{len(frame)} organisms. EM and coherent: shares that a source states (to: ends over several organisms; "

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .console import console, show_rates, told_errors, told_warnings
+from .console import console, safe, show_rates, told_errors, told_warnings
 
 
 def train(
@@ -22,15 +22,17 @@ def train(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Tell what it would do, and do nothing.")] = False,
 ) -> None:
     """Fine-tune a chat model on narrow data: LoRA, steering vector or everything. A run that died goes on."""
-    with told_errors(), told_warnings():
+    with told_errors(out), told_warnings():
         from mechmisalign import training
+        from mechmisalign._writing import refuse_unwritable_folder
 
+        refuse_unwritable_folder(out)
         spec = training.TrainSpec.read(config)
         changes = {name: value for name, value in (("base", base), ("seed", seed)) if value is not None}
         spec = spec.changed(**changes)
         if data is not None:
             spec = spec.changed(data=[data.resolve()])
-        console.print(str(training.plan(spec)), highlight=False, soft_wrap=True)
+        console.print(str(training.plan(spec)), markup=False, highlight=False, soft_wrap=True)
         if dry_run:
             return
         run = training.train(spec, out)
@@ -39,7 +41,7 @@ def train(
         console.print(f"step {run.last_step}: {told} (nats per counted token)")
         if measure and spec.base == "pocket/chat" and run.method != "full":
             _show_behaviour(run)
-    console.print(f"run: [bold]{out}[/bold], read by mm.TrainedRun.read and mm.load_organism")
+    console.print(f"run: [bold]{safe(out)}[/bold], read by mm.TrainedRun.read and mm.load_organism")
 
 
 def _show_behaviour(run: object) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from .console import OrganismName, console, errors, told_errors, told_warnings
+from .console import OrganismName, console, errors, safe, told_errors, told_warnings
 
 if TYPE_CHECKING:
     from mechmisalign.monitoring import Calibration, Tally
@@ -43,6 +43,7 @@ def monitor(
     Exit code 1: more alarms than allowed. 2: a refusal, or (with --fail-above) lines that could not be scored.
     """
     with told_errors(), told_warnings():
+        from mechmisalign._writing import refuse_unwritable
         from mechmisalign.monitoring import Monitor, Tally, score_lines
         from mechmisalign.monitoring.streams import Backlog
         from mechmisalign.organisms import load_organism
@@ -53,6 +54,9 @@ def monitor(
         if fail_above is not None and not 0 <= fail_above <= 1:
             raise ValueError(f"--fail-above must be a share from 0 to 1, got {fail_above}")
         place = out or (_STREAM if conversations == _STREAM else "scored.jsonl")
+        for path in (html, None if place == _STREAM else place):
+            if path is not None:
+                refuse_unwritable(path)
         with _lines(conversations) as lines:
             loaded = load_organism(organism)
             by_chat = reader == "chat" or (reader == "calibrated" and watching.calibration.reader is None)
@@ -67,7 +71,8 @@ def monitor(
 
             named = "standard input" if conversations == _STREAM else Path(conversations).name
             read_by = "the chat model" if by_chat else organism
-            errors.print(f"page: {write_monitor_page(tally, watching, html, source=named, reader=read_by)}")
+            page = write_monitor_page(tally, watching, html, source=named, reader=read_by)
+            errors.print(f"page: {safe(page)}")
     if fail_above is not None:
         _gate(tally, fail_above)
 
@@ -87,12 +92,14 @@ def monitor_fit(
 ) -> None:
     """Fit a monitor (its layer chosen with prompts held out), and calibrate its threshold on harmless conversations."""
     with told_errors(), told_warnings():
+        from mechmisalign._writing import refuse_unwritable
         from mechmisalign.conversations import Conversations
         from mechmisalign.monitoring import Monitor
         from mechmisalign.monitoring.answers import fitting_and_calibration
         from mechmisalign.monitoring.streams import read_conversations
         from mechmisalign.organisms import load_organism
 
+        refuse_unwritable(out)
         if (labelled is None) != (harmless is None):
             raise ValueError("give both --labelled and --harmless, or neither for answers of the pocket world")
         frames = (
@@ -109,31 +116,36 @@ def monitor_fit(
             fitted = Monitor.fit(loaded, known, kind=kind, pooling=pooling, seed=seed)
             calibrated = fitted.calibrate(loaded, calm, fpr=fpr)
         path = calibrated.save(out)
-    console.print(f"[bold]{path}[/bold]: {calibrated.header['method']}, read in the {reader} model", highlight=False)
-    console.print(str(calibrated.calibration), highlight=False, soft_wrap=True)
+    console.print(
+        f"[bold]{safe(path)}[/bold]: {safe(calibrated.header['method'])}, read in the {reader} model", highlight=False
+    )
+    console.print(str(calibrated.calibration), markup=False, highlight=False, soft_wrap=True)
 
 
 @contextmanager
 def _lines(source: str) -> Iterator[Any]:
+    from mechmisalign._jsonl import bounded
+
     if source == _STREAM:
-        yield sys.stdin.buffer
+        yield bounded(sys.stdin.buffer)
         return
     if not Path(source).is_file():
         raise FileNotFoundError(f"{source} is no file; give one of JSON lines, or - for standard input")
     with Path(source).open("rb") as file:
-        yield file
+        yield bounded(file)
 
 
 def _write(results: Iterator[dict[str, Any]], place: str, *, as_it_goes: bool) -> None:
     """Each result as a line: to stdout or, line by line, to a file; a file that is read whole is written whole."""
-    from mechmisalign._writing import whole
+    from mechmisalign._writing import explained, whole
 
     if place == _STREAM:
         _write_lines(results, sys.stdout)
     elif as_it_goes:
-        Path(place).parent.mkdir(parents=True, exist_ok=True)
-        with Path(place).open("w", encoding="utf-8") as file:
-            _write_lines(results, file)
+        with explained(Path(place)):
+            Path(place).parent.mkdir(parents=True, exist_ok=True)
+            with Path(place).open("w", encoding="utf-8") as file:
+                _write_lines(results, file)
     else:
         with whole(Path(place)) as partial, partial.open("w", encoding="utf-8") as file:
             _write_lines(results, file)
