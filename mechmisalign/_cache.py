@@ -30,8 +30,8 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]
 
     @staticmethod
     def with_room(like: Tensor, rows: int, length: int) -> Tensor:
-        """An empty buffer for so many rows and columns, and some more of these."""
-        return like.new_zeros(rows, like.shape[1], length + _ROOM, like.shape[3])
+        """A buffer for so many rows and columns, and some more of these; what is in it has still to be written."""
+        return like.new_empty(rows, like.shape[1], length + _ROOM, like.shape[3])
 
     def update(self, key_states: Tensor, value_states: Tensor, *_args: Any, **_kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write the new columns behind those that are there."""

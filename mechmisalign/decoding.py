@@ -49,12 +49,30 @@ class Decoder:
         logits, self._cache = models.cached_forward(self._model, ids, mask, self._cache)
         return logits
 
+    @property
+    def rows(self) -> int:
+        """Rows of the cache."""
+        return len(self._cache.layers[0].keys)
+
     def keep(self, rows: Int[Tensor, " kept"]) -> None:
         """Go on with these rows only; a row that is named twice goes on twice."""
         if models.is_hooked(self._model):
             _hooked.keep(self._cache, rows)
         else:
             self._cache.reorder_cache(rows)  # every kind of layer has it, linear attention too
+
+    def replace(self, parts: Sequence[Part], width: int) -> None:
+        """Overwrite rows of a joined decoder with those of others, in place, aligned with its last column.
+
+        Args:
+            parts: Rows of other decoders, none longer than ``width``, and the rows that they overwrite.
+            width: Columns of this decoder.
+        """
+        for index, layer in enumerate(self._cache.layers):
+            for part in parts:
+                other = part.decoder._cache.layers[index]
+                _copy_rows(other, part, layer.keys, layer.values, width)
+                _release(other)
 
     @classmethod
     def joined(cls, parts: Sequence[Part], rows: int, width: int) -> Decoder:
@@ -75,11 +93,7 @@ class Decoder:
             layers = [part.decoder._cache.layers[index] for part in parts]
             keys, values = (RoomyLayer.with_room(layers[0].keys, rows, width) for _ in range(2))
             for layer, part in zip(layers, parts, strict=True):
-                kept = min(width, layer.keys.shape[2])
-                source, target = (rows.to(keys.device) for rows in (part.source, part.target))
-                place = target, slice(None), slice(width - kept, width)
-                keys[place] = layer.keys[:, :, layer.keys.shape[2] - kept :][source]
-                values[place] = layer.values[:, :, layer.values.shape[2] - kept :][source]
+                _copy_rows(layer, part, keys, values, width)
                 _release(layer)  # layer by layer, so that never two whole caches are held
             joint._cache.layers.append(RoomyLayer(keys, values, width))
         return joint
@@ -108,6 +122,15 @@ def joinable(model: models.Model) -> bool:
 
     layers = DynamicCache(config=models.hf_model(model).config).layers
     return bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
+
+
+def _copy_rows(layer: Any, part: Part, keys: Tensor, values: Tensor, width: int) -> None:
+    """A part's last columns at the right end of the first ``width``; zeros before them, since masked is not unread."""
+    kept = min(width, layer.keys.shape[2])
+    source, target = (rows.to(keys.device) for rows in (part.source, part.target))
+    for old, new in ((layer.keys, keys), (layer.values, values)):
+        new[target, :, width - kept : width] = old[:, :, old.shape[2] - kept :][source]
+        new[target, :, : width - kept] = 0.0
 
 
 def _release(layer: Any) -> None:

@@ -1,8 +1,9 @@
 """Many answers in flight at once: rows of any condition share a batch, and a finished one makes room for the next.
 
 Prompts are read once for all answers that read them alike (samples of one condition, and conditions that leave the
-prompt alone), then every answer decodes on its own row of the KV cache. When a quarter of the rows have ended they are
-taken out and waiting ones take their place, so the batch stays full until nothing waits.
+prompt alone), then every answer decodes on its own row of the KV cache. When a tenth of the rows have ended, waiting
+ones are written over them in place, so the batch stays full until nothing waits. The cache is copied only to drop
+columns that no row needs any more, and rows when nothing waits.
 """
 
 from __future__ import annotations
@@ -32,8 +33,14 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-RENEW_AT = 0.75
-"""Finished rows leave when no more than this share of the batch goes on: leaving costs a copy of the cache."""
+REPLACE_AT = 0.9
+"""Finished rows are replaced when no more than this share of the batch goes on: each time costs a short prefill."""
+
+SHRINK_AT = 0.75
+"""The same where nothing waits and they only leave, which costs a copy of the cache."""
+
+_SPARE_COLUMNS = 12
+"""Columns of padding in every row that are carried along before a copy of the cache drops them."""
 
 _PREFILL_TOKENS = 8192
 
@@ -101,13 +108,14 @@ class Packer:
         """Fill the batch, decode until enough rows have ended, and take those out."""
         batch = self._batch
         going_on = 0 if batch is None else len(batch.flight)
-        if batch is None or (waiting and self._joinable and going_on <= RENEW_AT * self.capacity):
+        if batch is None or (waiting and self._joinable and going_on <= REPLACE_AT * self.capacity):
             taken = self._taken(requests, waiting[: max(1, self.capacity - going_on)])
             batch = self._batch = self._taken_in(requests, taken)
             del waiting[: len(taken)]
         flight = batch.flight
         self._plan = flight.plan(self._compiled)
-        while int((~flight.ended).sum()) > RENEW_AT * len(flight):
+        share = REPLACE_AT if waiting and self._joinable else SHRINK_AT
+        while int((~flight.ended).sum()) > share * len(flight):
             self._step(flight, batch.decoder)
         self._refuse_broken(flight)
         self._batch = self._rest(batch, replaced=bool(waiting) and self._joinable)
@@ -149,9 +157,18 @@ class Packer:
             )
 
     def _taken_in(self, requests: Requests, taken: Int[np.ndarray, " request"]) -> Batch:
-        """The rows in flight and the newcomers as one batch, rows of a condition side by side."""
-        parts = [] if self._batch is None else [self._batch]
-        parts += self._read(requests, taken)
+        """The rows in flight and the newcomers as one batch."""
+        newcomers = list(self._read(requests, taken))
+        if self._batch is None:
+            return self._rebuilt(newcomers)
+        batch, needed = self._batch, max(part.flight.needed for part in [self._batch, *newcomers])
+        fits = needed <= batch.flight.mask.shape[1] <= needed + _SPARE_COLUMNS
+        if fits and len(batch.flight) + len(taken) == batch.decoder.rows:
+            return _replaced(batch, newcomers)
+        return self._rebuilt([batch, *newcomers])
+
+    def _rebuilt(self, parts: Sequence[Batch]) -> Batch:
+        """A new cache with the rows of all parts, those of a condition side by side."""
         flights = [part.flight for part in parts]
         width = max(flight.needed for flight in flights)
         order = torch.cat([flight.condition for flight in flights]).argsort(stable=True)
@@ -227,6 +244,20 @@ class Packer:
         return Batch(
             kept, Decoder.joined([Part(batch.decoder, staying, source)], len(kept), kept.mask.shape[1]), source
         )
+
+
+def _replaced(batch: Batch, newcomers: Sequence[Batch]) -> Batch:
+    """The batch with newcomers written over the rows that have ended, in the same cache."""
+    width = batch.flight.mask.shape[1]
+    ended = torch.ones(batch.decoder.rows, dtype=torch.bool, device=batch.source.device)
+    ended[batch.source] = False
+    free = torch.split(ended.nonzero().squeeze(1), [len(part.flight) for part in newcomers])
+    rows = [Part(part.decoder, part.source, target) for part, target in zip(newcomers, free, strict=True)]
+    batch.decoder.replace(rows, width)
+    order = torch.cat([batch.source, *free]).argsort()
+    flights = [batch.flight, *(part.flight for part in newcomers)]
+    mask = torch.cat([flight.in_columns(width).mask for flight in flights])[order]
+    return Batch(Flight.rebuilt(flights, order, mask), batch.decoder, torch.arange(batch.decoder.rows, device=order.device))
 
 
 def _reads_like(conditions: Sequence[Sequence[Intervention]]) -> Int[np.ndarray, " condition"]:
