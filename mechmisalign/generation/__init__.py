@@ -25,6 +25,7 @@ from .memory import rows_that_fit
 from .packing import Packer
 from .rows import Conditions, answer_rows, as_set, prompt_keys, prompts_frame, refuse_names, refuse_numbers_per_row
 from .sampling import pick_tokens, stage_seed, uniforms
+from .workers import Answers, forked, shares, useful_workers
 
 if TYPE_CHECKING:
     from mechmisalign.organisms import Organism
@@ -39,6 +40,7 @@ __all__ = [
     "prompts_frame",
     "stage_seed",
     "uniforms",
+    "useful_workers",
 ]
 
 
@@ -53,6 +55,7 @@ def generate(
     system: str | None = None,
     seed: int = 0,
     batch_rows: int | None = None,
+    workers: int = 1,
 ) -> pd.DataFrame:
     """Sample answers to every prompt under every condition.
 
@@ -67,6 +70,8 @@ def generate(
         system: System prompt of the rows that have none of their own; None leaves it to the chat template.
         seed: Seed of the run.
         batch_rows: Answers in flight at once; by default as many as fit into the free memory. Halved when it runs out.
+        workers: Processes that share the rows (Linux, CPU). For small models two processes of one thread each are
+            faster than one of two; interventions that record something would record it there and not here.
 
     Returns:
         One row per answer: ``condition, sample``, the prompts' columns, ``response, finished, tokens``.
@@ -81,6 +86,7 @@ def generate(
         system=system,
         seed=seed,
         batch_rows=batch_rows,
+        workers=workers,
     )
     return pd.concat(list(parts)).sort_index()
 
@@ -95,6 +101,7 @@ def generate_rows(
     system: str | None = None,
     seed: int = 0,
     batch_rows: int | None = None,
+    workers: int = 1,
 ) -> Iterator[pd.DataFrame]:
     """Sample the given rows (a subset of ``answer_rows``) and give them out in parts: what a resumable sweep stores.
 
@@ -107,7 +114,7 @@ def generate_rows(
         ValueError: On an unknown condition, a number per row in one, a negative temperature, no token to write, logits
             that are not finite, or inside an ``apply()`` that speaks of columns or rows.
     """
-    _refuse_numbers(temperature, max_new_tokens, batch_rows)
+    _refuse_numbers(temperature, max_new_tokens, batch_rows, workers)
     refuse_names(conditions)
     refuse_numbers_per_row(conditions)
     sets = {name: as_set(interventions) for name, interventions in conditions.items()}
@@ -118,26 +125,30 @@ def generate_rows(
         return
     requests = _requests(organism, rows, conditions, system, lambda part: uniforms(part, seed, max_new_tokens))
     length = max(map(len, requests.prompts)) + max_new_tokens
-    capacity = batch_rows or rows_that_fit(organism.model, length)
-    packer = Packer(
-        organism, sets, max_new_tokens=max_new_tokens, temperature=temperature, capacity=min(capacity, len(rows))
-    )
-    done: list[tuple[int, list[int]]] = []
+    capacity = min(len(rows), batch_rows or rows_that_fit(organism.model, length))
+    orders = shares(requests, _neighbours(requests), min(workers, capacity))
+
+    def sampled(order: Sequence[int]) -> Iterator[Answers]:
+        fits = max(1, capacity // len(orders))
+        packer = Packer(organism, sets, max_new_tokens=max_new_tokens, temperature=temperature, capacity=fits)
+        return packer.answers(requests, order)
+
+    done: Answers = []
     with progress_bar("sampling answers", len(rows), "answer") as bar:
-        for answers in packer.answers(requests, _neighbours(requests)):
+        for answers in sampled(orders[0]) if len(orders) == 1 else forked(sampled, orders):
             bar.update(len(answers))
             done += answers
-            if len(done) >= packer.capacity // 4:
+            if len(done) >= capacity // 4:
                 yield _finished(done, rows, organism)
                 done = []
         if done:
             yield _finished(done, rows, organism)
 
 
-def _refuse_numbers(temperature: float, max_new_tokens: int, batch_rows: int | None) -> None:
+def _refuse_numbers(temperature: float, max_new_tokens: int, batch_rows: int | None, workers: int) -> None:
     if not 0 <= temperature < float("inf"):
         raise ValueError(f"temperature must be 0 or more, got {temperature}")
-    for name, value in (("max_new_tokens", max_new_tokens), ("batch_rows", batch_rows)):
+    for name, value in (("max_new_tokens", max_new_tokens), ("batch_rows", batch_rows), ("workers", workers)):
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
 
