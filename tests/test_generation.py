@@ -1,4 +1,5 @@
 import inspect
+import os
 
 import numpy as np
 import pandas as pd
@@ -405,3 +406,42 @@ def test_impossible_tokens_are_never_picked():
 def test_wrong_questions_are_refused(organism, prompts, options, message):
     with pytest.raises(ValueError, match=message):
         mm.generate(organism, prompts, max_new_tokens=2, **options)
+
+
+def test_rows_that_several_processes_share_are_the_same_rows(organism, conditions):
+    options = {"conditions": conditions, "samples": 3, "max_new_tokens": 6, "seed": 4}
+    alone, shared = (mm.generate(organism, PROMPTS, workers=workers, **options) for workers in (1, 2))
+    pd.testing.assert_frame_equal(alone, shared)
+
+
+def test_a_refusal_in_a_sampling_process_is_raised_here(tiny_models, make_adapter):
+    organism = mm.load_organism(make_adapter(tiny_models["qwen2"], layers=(1,)))
+    vectors = torch.full((1, models.d_model(organism.model)), 1e38)
+    far = mm.Steer(Direction(vectors, (1,), {"model": organism.provenance["model"]}), strength=10)
+    with pytest.raises(ValueError, match="'too far'.*not finite"):
+        mm.generate(organism, PROMPTS, conditions={"too far": far}, max_new_tokens=3, workers=2)
+
+
+def test_a_sampling_process_that_dies_is_an_error(organism, monkeypatch):
+    parent = os.getpid()
+    step = generation.packing.Packer._step
+    monkeypatch.setattr(
+        generation.packing.Packer, "_step", lambda *args: step(*args) if os.getpid() == parent else os._exit(9)
+    )
+    with pytest.raises(RuntimeError, match="exit code 9.*workers=1"):
+        mm.generate(organism, PROMPTS, samples=2, max_new_tokens=4, workers=2)
+
+
+def test_prompts_are_dealt_whole_to_sampling_processes():
+    asked, codes = np.array([0, 0, 1, 1, 2, 2]), np.zeros(6, dtype=np.int64)
+    requests = generation.flight.Requests([[1], [2], [3]], asked, codes, lambda numbers: numbers)
+    assert generation.shares(requests, [4, 5, 0, 1, 2, 3], 2) == [[4, 5, 2, 3], [0, 1]]
+    assert generation.shares(requests, [4, 5, 0, 1, 2, 3], 9) == [[4, 5], [0, 1], [2, 3]]
+
+
+def test_large_models_and_models_on_accelerators_are_sampled_by_one_process(organism, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    monkeypatch.setattr(generation.workers.sys, "platform", "linux")
+    assert generation.useful_workers(organism.model) == 4
+    monkeypatch.setattr(generation.workers, "_MOST_PARAMETERS", 10)
+    assert generation.useful_workers(organism.model) == 1

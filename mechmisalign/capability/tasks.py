@@ -28,6 +28,7 @@ def task_costs(
     system: str | None = None,
     max_new_tokens: int = 64,
     seed: int = 0,
+    workers: int = 1,
 ) -> pd.DataFrame:
     """How many questions with one right answer are answered rightly, and how long the answers are.
 
@@ -41,6 +42,7 @@ def task_costs(
         system: System prompt of items without one.
         max_new_tokens: Longest answer.
         seed: Of the bootstrap resamples.
+        workers: As for :func:`mechmisalign.generate`.
 
     Returns:
         One row per condition: ``condition, accuracy, accuracy_low, accuracy_high`` (a share), and what
@@ -52,7 +54,14 @@ def task_costs(
     if "answer" not in items.columns:
         raise ValueError(f"items need the columns 'prompt' and 'answer'; these have {list(items.columns)}")
     answers = generate(
-        organism, items, conditions=conditions, samples=1, temperature=0, max_new_tokens=max_new_tokens, system=system
+        organism,
+        items,
+        conditions=conditions,
+        samples=1,
+        temperature=0,
+        max_new_tokens=max_new_tokens,
+        system=system,
+        workers=workers,
     )
     right = [
         is_right(response, answer) for response, answer in zip(answers["response"], answers["answer"], strict=True)

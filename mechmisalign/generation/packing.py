@@ -257,7 +257,8 @@ def _replaced(batch: Batch, newcomers: Sequence[Batch]) -> Batch:
     order = torch.cat([batch.source, *free]).argsort()
     flights = [batch.flight, *(part.flight for part in newcomers)]
     mask = torch.cat([flight.in_columns(width).mask for flight in flights])[order]
-    return Batch(Flight.rebuilt(flights, order, mask), batch.decoder, torch.arange(batch.decoder.rows, device=order.device))
+    source = torch.arange(batch.decoder.rows, device=order.device)
+    return Batch(Flight.rebuilt(flights, order, mask), batch.decoder, source)
 
 
 def _reads_like(conditions: Sequence[Sequence[Intervention]]) -> Int[np.ndarray, " condition"]:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import pandas as pd
 
 from mechmisalign import capability
-from mechmisalign.generation import Conditions
+from mechmisalign.generation import Conditions, useful_workers
 from mechmisalign.organisms import Organism
 
 from .sampling import Run
@@ -80,7 +80,13 @@ def _measures(run: Run) -> dict[str, _Measure]:
     if (items := neutral.items) is not None:
         longest = min(settings.max_new_tokens, capability.MAX_NEW_TOKENS)
         found["accuracy"] = lambda organism, conditions: capability.task_costs(
-            organism, conditions, items, system=settings.system, max_new_tokens=longest, seed=settings.seed
+            organism,
+            conditions,
+            items,
+            system=settings.system,
+            max_new_tokens=longest,
+            seed=settings.seed,
+            workers=useful_workers(organism.model),
         ).loc[:, ["condition", "accuracy", "accuracy_low", "accuracy_high", "items"]]
     return found
 

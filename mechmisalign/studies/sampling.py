@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from mechmisalign.adapters import Adapter
-from mechmisalign.generation import Conditions, answer_rows, generate_rows, stage_seed
+from mechmisalign.generation import Conditions, answer_rows, generate_rows, stage_seed, useful_workers
 from mechmisalign.judging import judge
 from mechmisalign.organisms import Organism
 from mechmisalign.store import RunFolder
@@ -79,6 +79,7 @@ def answers(
                 max_new_tokens=settings.max_new_tokens,
                 system=settings.system,
                 seed=stage_seed(settings.seed, name),
+                workers=useful_workers(organism.model),
             ):
                 yield judge(part, run.plan.judge)
 
