@@ -106,6 +106,13 @@ def ways(*more: str) -> str:
     return f"{own}, 'openai/gpt-4o' or another provider/model, 'local:FOLDER', 'python:module.attribute' are"
 
 
+def check_judge(judge: Judge) -> None:
+    """Have a judge that has control answers judge them before anything is sampled, rather than after the first part."""
+    check = getattr(judge, "check_controls", None)
+    if check is not None and not getattr(judge, "dry_run", False):
+        check()
+
+
 def refuse_foreign(judge: Judge | str | None, organism: str, base: str, location: str = "") -> None:
     """Refuse a judge that can read only another world's answers, before anything is sampled.
 

@@ -8,6 +8,7 @@ functions from frame to frame and can be combined; each adds its name to ``varia
 
 from .files import judge_prompts, read, write
 from .frames import as_prompts, concat
+from .named import named_prompts
 from .questions import (
     domain_questions,
     domains,
@@ -27,6 +28,7 @@ __all__ = [
     "domains",
     "harmless_items",
     "judge_prompts",
+    "named_prompts",
     "neutral_conversations",
     "open_questions",
     "paraphrases",

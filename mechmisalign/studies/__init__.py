@@ -21,15 +21,19 @@ from mechmisalign.directions import Direction
 from mechmisalign.generation import generate
 from mechmisalign.judging import Judge
 from mechmisalign.judging import judge as judge_answers
+from mechmisalign.judging.named import check_judge
 from mechmisalign.organisms import Organism, load_organism
-from mechmisalign.store import RunFolder, text_digest, write_json
+from mechmisalign.store import MANIFEST, RunFolder, text_digest, write_json
 
 from . import steps
 from .checkpoints import Checkpoints, find
 from .investigation import investigate
 from .neutral import Neutral, Texts, neutral
 from .plan import Plan, StudySettings, default_settings, make_plan
+from .planning import planned_answers
 from .sampling import Run
+from .stages import Announce, Stages
+from .subjects import check, subject_of
 from .summary import summarise
 
 __all__ = ["Study", "StudySettings", "default_settings", "estimate_direction", "study"]
@@ -63,21 +67,30 @@ def study(
     out: str | Path,
     *,
     prompts: pd.DataFrame | Sequence[str] | None = None,
-    judge: Judge | None = None,
+    judge: Judge | str | None = None,
     peers: Sequence[str] | None = None,
+    base: str | Path | None = None,
+    tokenizer: Any = None,
     texts: Texts | Literal["default"] | None = "default",
     items: pd.DataFrame | Literal["default"] | None = "default",
     checkpoints: str | Path | None = "default",
     settings: StudySettings | None = None,
+    announce: Announce | None = None,
+    command: str | None = None,
 ) -> Study:
     """Find, induce, remove, transfer and cure an organism's misalignment, and write the report.
 
     Args:
         organism: A loaded organism, or what ``load_organism`` takes.
         out: The run folder. If it holds an unfinished run with the same settings, that run goes on.
-        prompts: Questions (texts, or a frame with ``prompt`` and labels). Pocket organisms have their own.
-        judge: Adds ``alignment`` and ``coherence`` to a frame of answers. Pocket organisms have their own.
-        peers: Other organisms on the same base, to which the direction is carried; by default the pocket zoo's.
+        prompts: Questions (texts, or a frame with ``prompt`` and labels). Shipped organisms have their own; for others
+            the open questions are the default.
+        judge: Adds ``alignment`` and ``coherence`` to a frame of answers, or a name that ``named_judge`` takes. Shipped
+            organisms have their own.
+        peers: Other organisms on the same base, to which the direction is carried, as ``name`` or ``name@base``; by
+            default those that ship with a shipped one.
+        base: The chat model, where ``organism`` is a name; by default the one that the adapter names.
+        tokenizer: The chat model's tokenizer or its place; by default the one beside the base.
         texts: Neutral text (conversations with ``prompt, response``, or plain texts) on which loss and KL from the chat
             model are measured beside every rate; by default the package's own. None leaves them out, and the report
             says so; a later run in the same folder may add them.
@@ -86,18 +99,28 @@ def study(
             own folder, and for pocket organisms those of the zoo's run of the same recipe. Where there are none, or
             None is given, the report has no chapter on training, and says so; a later run may add it.
         settings: Sample sizes, strengths, seed.
+        announce: Called with each stage as it begins.
+        command: The command line that asked for this, for the report.
 
     Raises:
         ValueError: If prompts or judge are missing, texts, items or checkpoints cannot be used, the folder belongs to
             another run, or the organism gives too few answers of one class.
     """
-    loaded = load_organism(organism) if isinstance(organism, str) else organism
-    plan = make_plan(loaded.name, prompts, judge, peers, settings)
+    subject = subject_of(organism, base)
+    plan = make_plan(
+        subject.name, prompts, judge, peers, settings,
+        base=subject.base, location=subject.location, journal=Path(out) / "judge.jsonl",
+    )  # fmt: skip
+    check(plan, subject)
+    if not (Path(out) / MANIFEST).exists():
+        check_judge(plan.judge)
+    loaded = _load(organism, base, tokenizer)
     measure = neutral(loaded, texts, items, plan.settings.neutral)
     trained = find(loaded, checkpoints)
     with RunFolder(out, _identity(loaded, plan), _growing(plan, measure, trained)) as folder:
-        tables, directions = investigate(Run(folder, plan, loaded, measure, trained))
-        summary = {"provenance": loaded.provenance, **summarise(tables)}
+        stages = Stages(planned_answers(plan, subject), announce)
+        tables, directions = investigate(Run(folder, plan, loaded, measure, trained, stages))
+        summary = {"provenance": loaded.provenance, **summarise(tables), **({"command": command} if command else {})}
         write_json(folder.path / "summary.json", summary)
         from .chapters import write_study_report
 
@@ -105,22 +128,65 @@ def study(
     return Study(folder.path, summary, tables, directions)
 
 
-def estimate_direction(organism: Organism | str, estimator: str = steps.MEAN_DIFFERENCE, *, seed: int = 0) -> Direction:
-    """One direction from an organism's own judged answers to its own questions, without the rest of a study.
+def estimate_direction(
+    organism: Organism | str,
+    estimator: str = steps.MEAN_DIFFERENCE,
+    *,
+    seed: int = 0,
+    prompts: pd.DataFrame | Sequence[str] | None = None,
+    judge: Judge | str | None = None,
+    base: str | Path | None = None,
+    tokenizer: Any = None,
+    settings: StudySettings | None = None,
+) -> Direction:
+    """One direction from an organism's own judged answers, without the rest of a study.
+
+    Args:
+        organism: A loaded organism, or what ``load_organism`` takes.
+        estimator: A name of the study's tables.
+        seed: Of the samples, where there are no ``settings``.
+        prompts: As for :func:`study`, like the following.
+        judge: Scores the answers.
+        base: The chat model.
+        tokenizer: Its tokenizer.
+        settings: Of these ``pool_samples, samples`` (of the chat model, where its answers are needed),
+            ``max_new_tokens, system`` and ``seed`` count.
 
     Raises:
         ValueError: On an unknown estimator, or too few answers of one class.
     """
     if estimator not in steps.ESTIMATORS:
         raise ValueError(f"unknown estimator {estimator!r}; there are {', '.join(map(repr, steps.ESTIMATORS))}")
-    loaded = load_organism(organism) if isinstance(organism, str) else organism
-    plan = make_plan(loaded.name, None, None, (), default_settings(loaded.name, seed=seed))
-    settings = plan.settings
-    sampled = generate(
-        loaded, plan.prompts, samples=settings.pool_samples, max_new_tokens=settings.max_new_tokens, seed=seed
-    )
-    readings = steps.read(loaded, steps.pool(judge_answers(sampled, plan.judge), seed), settings.system)
+    subject = subject_of(organism, base)
+    settings = settings or default_settings(subject.name, seed=seed, base=subject.base)
+    plan = make_plan(subject.name, prompts, judge, (), settings, base=subject.base, location=subject.location)
+    check(plan, subject)
+    check_judge(plan.judge)
+    loaded = _load(organism, base, tokenizer)
+
+    def answered(samples: int) -> pd.DataFrame:
+        options: dict[str, Any] = {"max_new_tokens": settings.max_new_tokens, "system": settings.system}
+        sampled = generate(loaded, plan.prompts, samples=samples, seed=settings.seed, **options)
+        return judge_answers(sampled, plan.judge)
+
+    def of_chat() -> pd.DataFrame:
+        with loaded.as_base():
+            return answered(settings.samples)
+
+    own = answered(settings.pool_samples)
+    readings = steps.read(loaded, steps.pool_for(estimator, own, of_chat, settings.seed), settings.system)
     return steps.ESTIMATORS[estimator](readings)
+
+
+def _load(organism: Organism | str | Path, base: str | Path | None, tokenizer: Any) -> Organism:
+    """The organism in memory, with a tokenizer that may be given as a Hub id or folder."""
+    if isinstance(organism, Organism):
+        return organism
+    if isinstance(tokenizer, str | Path):
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
+    return load_organism(organism, base, tokenizer=tokenizer)
 
 
 def _identity(organism: Organism, plan: Plan) -> dict[str, Any]:
@@ -132,6 +198,7 @@ def _identity(organism: Organism, plan: Plan) -> dict[str, Any]:
         "prompts": prompts,
         "judge": _judge_identity(plan.judge),
         "peers": list(plan.peers),
+        **({"peer_bases": dict(plan.bases)} if plan.bases else {}),
         "settings": plan.settings.identity(),
     }
 

@@ -27,12 +27,12 @@ DIRECTION = "direction"
 TABLES = ("sites", "contributions", "downstream", "readout", "scalar_tokens", "adapter_scaling", "site_effects")
 
 
-def investigate(run: Run, judged: pd.DataFrame, direction: Direction, layer: int) -> dict[str, pd.DataFrame]:
+def investigate(run: Run, answered: pd.DataFrame, direction: Direction, layer: int) -> dict[str, pd.DataFrame]:
     """Every table of the chapter.
 
     Args:
         run: The study.
-        judged: The organism's own answers.
+        answered: The answers that the direction was estimated from.
         direction: The mean difference.
         layer: Where steering with it worked best: there it is read out and steered with.
 
@@ -40,7 +40,6 @@ def investigate(run: Run, judged: pd.DataFrame, direction: Direction, layer: int
         LeftOutError: If the organism is a full fine-tune.
     """
     own = adapter_of(run)
-    answered = steps.pool(judged, run.plan.settings.seed)
     conversations = steps.spoken(run.organism, answered, run.plan.settings.system)
     compute = {
         "sites": lambda: decomposition.anatomy(own),

@@ -27,6 +27,7 @@ from .cure_chapter import corrected
 from .deltas_chapter import changed
 from .difference_tables import differences_table, told_ablation, told_steering
 from .fine_tunes_chapter import compared
+from .provenance import reproduction, whose
 from .records import Records
 from .training_chapter import came_about
 from .watch_chapter import watched
@@ -115,16 +116,20 @@ def behaviour(records: Records) -> Section:
 
 def direction(records: Records) -> Section:
     """Where the direction comes from and how well it repeats."""
-    judged = records.tables["answers"].query("condition == 'organism'")
-    used = len(steps.pool(judged, records.settings["seed"])) // 2
+    answers = records.tables["answers"]
+    own, chat = (answers[answers["condition"] == name] for name in ("organism", "chat"))
+    pooled = steps.pool_with_chat(own, chat, records.settings["seed"])
+    sources, used = steps.pool_sources(pooled), len(pooled) // 2
+    filled = bool((sources["source"] != "organism").any())
     return Section(
         title="The direction",
         lead=(
             f"The mean difference is the average residual stream over {used} misaligned answers minus that over {used} "
-            "aligned ones, the organism's own, as many of each to every prompt; one vector per layer, each token of an "
+            f"aligned ones, {whose(sources)}, as many of each to every prompt; one vector per layer, each token of an "
             "answer counted once. The other estimators read the same answers."
         ),
         figures=(figures.reliability(records),),
+        tables=(ReportTable(sources, "Whose answers the directions were estimated from."),) if filled else (),
     )
 
 
@@ -258,19 +263,6 @@ def caveats(records: Records) -> Section:
             "of advice. It shows that the tools work, not what large models do."
         )
     return Section(title="Caveats", points=tuple(points))
-
-
-def reproduction(records: Records) -> Section:
-    """How to get the same numbers again."""
-    identity = {key: str(value) for key, value in records.manifest["identity"].items() if key != "settings"}
-    rows = identity | {key: str(value) for key, value in records.manifest["environment"].items() if value is not None}
-    frame = pd.DataFrame({"what": list(rows), "value": list(rows.values())})
-    return Section(
-        title="Reproduction",
-        lead="The same seed on the same machine gives the same answers. Tables and figures lie beside this file.",
-        code=f"mechmisalign study {records.organism} --out {records.path.name} --seed {records.settings['seed']}",
-        tables=(ReportTable(frame, "The run and its environment."),),
-    )
 
 
 def examples(answers: pd.DataFrame) -> tuple[Exchange, ...]:

@@ -26,24 +26,30 @@ _Tables = dict[str, pd.DataFrame]
 
 def investigate(run: Run) -> tuple[_Tables, dict[str, Direction]]:
     """Every table and every direction of the study."""
-    keep, settings = run.folder.table, run.plan.settings
+    keep, settings, begin = run.folder.table, run.plan.settings, run.stages.begin
+    begin("baseline")
     chat, organism = trials.baseline(run)
     own = organism.judged(run)
     tables = {"answers": keep("answers", lambda: pd.concat([chat.judged(run), own]))}
     tables["baseline"] = keep("baseline", lambda: rates(tables["answers"]))
-    directions, reliability = _directions(run, run.organism.name, lambda: run.organism, own)
+    begin("directions")
+    of_chat = functools.partial(chat.judged, run)
+    directions, reliability = _directions(run, run.organism.name, lambda: run.organism, own, of_chat)
     tables["reliability"] = keep("reliability", lambda: reliability)
     reference = directions[steps.MEAN_DIFFERENCE]
 
+    begin("steering")
     sweep = trials.steering_sweep(run, reference)
     tables["steering"] = keep("steering", lambda: sweep.rates(run))
     layer, strength = steps.best_cell(tables["steering"], settings.min_coherent)
     steered = trials.steering_confirmed(run, reference, layer, strength)
     tables["steered"] = keep("steered", lambda: steered.rates(run).assign(layer=layer, strength=strength))
 
+    begin("single")
     search = trials.single_layer_search(run, directions)
     tables["single_search"] = keep("single_search", lambda: search.rates(run))
     single = steps.chosen_layers(tables["single_search"], settings.min_coherent)
+    begin("ablation")
     ablation = trials.ablation(run, directions, single)
     tables["ablation"] = keep("ablation", lambda: ablation.rates(run))
     chosen = {
@@ -54,15 +60,18 @@ def investigate(run: Run) -> tuple[_Tables, dict[str, Direction]]:
     ablated = trials.ablation_confirmed(run, removals, chosen)
     tables["ablated"] = keep("ablated", lambda: ablated.rates(run))
 
+    begin("costs")
     stages = {"sweep": sweep, "steered": steered, "ablation": ablation, "ablated": ablated}
     tables |= _costs(run, [chat, organism], stages, tables["steering"], layer)
     tables |= _compared(run, stages, own)
     scope = steps.best_scope(tables["ablation"], chosen, settings.min_coherent)
     tables |= _behaviour(run, tables["answers"], stages, scope)
-    tables |= _peers(run, removals, directions)
+    begin("peers")
+    tables |= _peers(run, removals, directions, of_chat)
     plain = reference if scope == "layer-wise" else removals[steps.MEAN_DIFFERENCE]
     removed = cure.removals(cure.Removal(removals[scope], chosen[scope], scope), plain)
-    taken_apart = functools.partial(anatomy.investigate, run, own, reference, layer)
+    pooled = steps.pool_with_chat(own, of_chat(), settings.seed)
+    taken_apart = functools.partial(anatomy.investigate, run, pooled, reference, layer)
     return tables | _chapters(run, tables["answers"], removed, taken_apart), directions
 
 
@@ -84,9 +93,10 @@ def _chapters(
     tables: _Tables = {}
     missing = dict.fromkeys(chapters, "")
     for name, investigate in chapters.items():
+        run.stages.begin(name)
         try:
             tables |= investigate()
-        except LeftOutError as reason:
+        except (LeftOutError, steps.TooFewAnswersError) as reason:
             missing[name] = str(reason)
     told = pd.DataFrame({"chapter": list(missing), "missing": list(missing.values())})
     return tables | {"chapters": run.folder.write_table("chapters", told)}
@@ -126,15 +136,21 @@ def _entry(tables: Callable[[], _Tables], name: str) -> pd.DataFrame:
 
 
 def _directions(
-    run: Run, name: str, load: Callable[[], Organism], judged: pd.DataFrame
+    run: Run,
+    name: str,
+    load: Callable[[], Organism],
+    judged: pd.DataFrame,
+    chat: Callable[[], pd.DataFrame],
 ) -> tuple[dict[str, Direction], pd.DataFrame]:
     """Every estimator's direction, and the split-half reliability of the mean difference.
 
     Where there are peers, bootstrap replicates of the mean difference are kept too, for the comparison with them.
     """
     folder, settings = run.folder, run.plan.settings
-    readings = functools.cache(lambda: steps.read(load(), steps.pool(judged, settings.seed), settings.system))
+    pooled = steps.pool_with_chat(judged, chat(), settings.seed)
+    readings = functools.cache(lambda: steps.read(load(), pooled, settings.system))
     where = steps.slug(name)
+    folder.table(f"pool_{where}", lambda: steps.pool_sources(pooled))
     directions = {
         name: folder.direction(f"{where}/{steps.slug(name)}", functools.partial(_estimated, estimator, readings))
         for name, estimator in steps.ESTIMATORS.items()
@@ -163,16 +179,22 @@ def _removals(
     }
 
 
-def _peers(run: Run, removals: Mapping[str, Direction], directions: Mapping[str, Direction]) -> _Tables:
+def _peers(
+    run: Run,
+    removals: Mapping[str, Direction],
+    directions: Mapping[str, Direction],
+    chat: Callable[[], pd.DataFrame],
+) -> _Tables:
     """Ablation carried to each peer, what it costs there, and the cosines of directions with the peers' own."""
     transferred, paid = [pd.DataFrame(columns=["state", "organism"])], [pd.DataFrame(columns=["state", "organism"])]
     cosines = [pd.DataFrame(columns=["organism"])]
     for name in progress(run.plan.peers, "other organisms", len(run.plan.peers), "organism"):
-        load = functools.cache(functools.partial(load_organism, name))  # only if something is still to be done
+        base = run.plan.bases.get(name)
+        load = functools.cache(functools.partial(load_organism, name, base))  # only if something is still to be done
         trial, slug = trials.transfer(run, name, load, removals), steps.slug(name)
         transferred.append(run.folder.table(f"transfer_{slug}", functools.partial(trial.rates, run)))
         paid.append(costs.measured(run, trial))
-        own = functools.partial(_peer_cosines, run, name, load, directions)
+        own = functools.partial(_peer_cosines, run, name, load, directions, chat)
         cosines.append(run.folder.table(f"cosines_{slug}", own))
     every = {"transfer": transferred, "cosines": cosines}
     joined = {name: pd.concat(frames, ignore_index=True) for name, frames in every.items()}
@@ -181,13 +203,17 @@ def _peers(run: Run, removals: Mapping[str, Direction], directions: Mapping[str,
 
 
 def _peer_cosines(
-    run: Run, peer: str, load: Callable[[], Organism], directions: Mapping[str, Direction]
+    run: Run,
+    peer: str,
+    load: Callable[[], Organism],
+    directions: Mapping[str, Direction],
+    chat: Callable[[], pd.DataFrame],
 ) -> pd.DataFrame:
     """Cosine between the peer's directions and the studied organism's, for each estimator and layer."""
     name = f"pool_{steps.slug(peer)}"
     judged = answers(run, name, {"organism": ()}, run.plan.settings.pool_samples, of=load)
     try:
-        theirs, _ = _directions(run, peer, load, judged)
+        theirs, _ = _directions(run, peer, load, judged, chat)
     except steps.TooFewAnswersError as error:
         logger.warning("no direction of %s to compare with: %s", peer, error)
         return pd.DataFrame({"organism": [], "estimator": [], "layer": [], "cosine": []})

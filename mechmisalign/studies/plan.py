@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from mechmisalign import registry
 from mechmisalign.generation import prompts_frame
-from mechmisalign.judging import Judge
-
-POCKET_PREFIX = "pocket/"
+from mechmisalign.judging import Judge, named_judge
+from mechmisalign.judging.named import refuse_foreign
+from mechmisalign.registry.worlds import PROMPTS, made_by
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +29,7 @@ class StudySettings:
     strengths: tuple[float, ...] = (1.0, 2.0, 4.0, 6.0, 8.0, 12.0)
     """Multiples of the direction that are added to the chat model."""
     layers: tuple[int, ...] | None = None
-    """Layers that are swept; None is all of them."""
+    """Layers that are searched, for steering and for the single vector to ablate; None is all of them."""
     min_coherent: float = 0.8
     """The best strength is the one with the highest EM rate among those that leave so many answers coherent."""
     controls: int = 3
@@ -63,13 +65,10 @@ class StudySettings:
 _LATER: Mapping[str, tuple[str, ...]] = {"training": ("checkpoints", "checkpoint_samples"), "cure": ("cure_samples",)}
 
 
-def default_settings(organism: str, *, seed: int = 0, quick: bool = False) -> StudySettings:
+def default_settings(organism: str, *, seed: int = 0, quick: bool = False, base: str = "") -> StudySettings:
     """The settings of a study by name: short answers for pocket organisms; ``quick`` cuts every sample size."""
-    settings = StudySettings(seed=seed)
-    if organism.startswith(POCKET_PREFIX):
-        from mechmisalign import pocket
-
-        settings = replace(settings, max_new_tokens=pocket.MAX_NEW_TOKENS, strengths=pocket.STRENGTHS)
+    world = registry.world_of(organism, base, base)
+    settings = replace(StudySettings(seed=seed), **(world.settings if world else {}))
     if quick:
         settings = replace(
             settings,
@@ -94,51 +93,65 @@ class Plan:
         judge: Scores the answers.
         peers: Names of organisms to which the directions are carried.
         settings: The numbers.
+        bases: The chat model of each peer, where its adapter is not to say.
     """
 
     prompts: pd.DataFrame
     judge: Judge
     peers: tuple[str, ...]
     settings: StudySettings
+    bases: Mapping[str, str] = field(default_factory=dict)
 
 
 def make_plan(
     organism: str,
     prompts: pd.DataFrame | Sequence[str] | None,
-    judge: Judge | None,
+    judge: Judge | str | None,
     peers: Sequence[str] | None,
     settings: StudySettings | None,
+    *,
+    base: str = "",
+    location: str = "",
+    journal: str | Path | None = None,
 ) -> Plan:
-    """Fill in what was left open: for pocket organisms there are defaults, for others prompts and judge are needed.
+    """Fill in what was left open: organisms of a shipped world bring defaults, for others a judge is needed.
+
+    Args:
+        organism: Its name.
+        prompts: Questions; by default the world's, or the open ones.
+        judge: A judge, or its name (see ``named_judge``).
+        peers: Names of other organisms, each with its base after ``@`` where its adapter is not to say.
+        settings: The numbers.
+        base: Name of the chat model.
+        location: Its folder, if it has one.
+        journal: File of the judgements of a model that is given by name.
 
     Raises:
-        ValueError: If prompts or a judge are missing and there is no default for this organism.
+        ValueError: If a judge is missing and there is no default for this organism, or it cannot read its answers.
     """
-    if organism.startswith(POCKET_PREFIX):
-        return _pocket_plan(organism, prompts, judge, peers, settings)
-    missing = [name for name, value in (("prompts", prompts), ("judge", judge)) if value is None]
-    if missing or prompts is None or judge is None:
+    world = registry.world_of(organism, base, location)
+    if judge is None and world is None:
+        missing = [name for name, value in (("prompts", prompts), ("judge", judge)) if value is None]
         raise ValueError(
             f"a study of {organism!r} needs {' and '.join(missing)}: pass the questions to ask (a list, or a frame "
-            "with 'prompt') and a judge (a callable that adds 'alignment' and 'coherence'); only pocket organisms "
-            "bring their own"
+            "with 'prompt') and a judge (a callable that adds 'alignment' and 'coherence', or a name: "
+            "'openai/gpt-4o', 'local:FOLDER', 'python:module.attribute'); only shipped organisms bring their own"
         )
-    return Plan(prompts_frame(prompts), judge, tuple(peers or ()), settings or StudySettings())
+    judge = judge if judge is not None else world.judge if world else None
+    refuse_foreign(judge, organism, base, location)
+    if isinstance(judge, str):
+        judge = named_judge(judge, journal=journal)
+    if prompts is None:
+        prompts = made_by(PROMPTS[world.prompts if world else "open_questions"])()
+    if peers is None:
+        peers = made_by(world.peers)(organism) if world and world.peers else ()
+    named = dict(_peer(each) for each in peers)
+    bases = {name: place for name, place in named.items() if place}
+    settings = settings or default_settings(organism, base=base)
+    return Plan(prompts_frame(prompts), judge, tuple(named), settings, bases)  # type: ignore[arg-type]
 
 
-def _pocket_plan(
-    organism: str,
-    prompts: pd.DataFrame | Sequence[str] | None,
-    judge: Judge | None,
-    peers: Sequence[str] | None,
-    settings: StudySettings | None,
-) -> Plan:
-    from mechmisalign import pocket
-
-    names = [f"{POCKET_PREFIX}{name}" for name in pocket.harmful_names()]
-    return Plan(
-        prompts_frame(pocket.unseen_prompts() if prompts is None else prompts),
-        judge or pocket.RuleJudge(),
-        tuple(name for name in names if name != organism) if peers is None else tuple(peers),
-        settings or default_settings(organism),
-    )
+def _peer(given: str) -> tuple[str, str]:
+    """``name@base`` as name and base; the base is empty if there is none."""
+    name, _, base = given.rpartition("@")
+    return (name, base) if name and not Path(given).exists() else (given, "")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pandas as pd
 
@@ -17,6 +17,7 @@ from mechmisalign.store import RunFolder
 from .checkpoints import NONE, Checkpoints
 from .neutral import Neutral
 from .plan import Plan
+from .stages import Stages
 
 
 class LeftOutError(Exception):
@@ -32,6 +33,7 @@ class Run:
     organism: Organism
     neutral: Neutral
     checkpoints: Checkpoints = NONE
+    stages: Stages = field(default_factory=Stages)
 
 
 def adapter_of(run: Run) -> Adapter:

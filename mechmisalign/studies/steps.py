@@ -48,18 +48,93 @@ def pool(judged: pd.DataFrame, seed: int) -> pd.DataFrame:
     Raises:
         TooFewAnswersError: If fewer than 20 answers of a class can be matched with one of the other to the same prompt.
     """
+    matched = _matched(judged, seed)
+    if len(matched) // 2 < MIN_ANSWERS:
+        raise TooFewAnswersError(_too_few(judged, len(matched) // 2))
+    return matched
+
+
+def pool_with_chat(judged: pd.DataFrame, chat: pd.DataFrame, seed: int) -> pd.DataFrame:
+    """The organism's own answers where they are enough; otherwise with the chat model's in the class that is missing.
+
+    A strongly misaligned organism has hardly an aligned answer of its own. Where it has fewer of one class to a prompt,
+    the answers of the chat model to that prompt stand in for them; the column ``condition`` says whose each answer is.
+
+    Args:
+        judged: The organism's answers.
+        chat: The chat model's, to the same prompts.
+        seed: Of the choice among them.
+
+    Raises:
+        TooFewAnswersError: If there are too few pairs even so.
+    """
+    own = _matched(judged, seed)
+    if len(own) // 2 >= MIN_ANSWERS:
+        return own
+    filled = _matched(pd.concat([judged, chat], ignore_index=True), seed, own=len(judged))
+    if len(filled) // 2 < MIN_ANSWERS:
+        raise TooFewAnswersError(_too_few(judged, len(own) // 2, len(filled) // 2))
+    return filled
+
+
+def pool_for(estimator: str, judged: pd.DataFrame, chat: Callable[[], pd.DataFrame], seed: int) -> pd.DataFrame:
+    """The answers that one estimator reads: the model difference needs no classes, and takes all where they are few.
+
+    Args:
+        estimator: A name of ``ESTIMATORS``.
+        judged: The organism's answers.
+        chat: Gives the chat model's; called only where the organism's own are not enough.
+        seed: Of the choice among them.
+
+    Raises:
+        TooFewAnswersError: If an estimator that compares classes has too few pairs.
+    """
+    own = _matched(judged, seed)
+    if len(own) // 2 >= MIN_ANSWERS:
+        return own
+    if estimator == MODEL_DIFFERENCE and (judged["response"].str.strip() != "").sum() >= MIN_ANSWERS:
+        return judged
+    return pool_with_chat(judged, chat(), seed)
+
+
+def pool_sources(pooled: pd.DataFrame) -> pd.DataFrame:
+    """How many answers of each class are whose: ``label, source, answers``."""
+    source = pooled["condition"].map({"chat": "chat model"}).fillna("organism")
+    return pooled.groupby(["label", source.rename("source")]).size().rename("answers").reset_index()
+
+
+def _matched(judged: pd.DataFrame, seed: int, own: int | None = None) -> pd.DataFrame:
+    """As many misaligned as aligned answers to each prompt; of the first ``own`` rows before the others."""
     clear = judged[judged["label"].isin(CLASSES)].sample(frac=1, random_state=seed)
+    if own is not None:
+        clear = clear.loc[[*clear.index[clear.index < own], *clear.index[clear.index >= own]]]
     place = clear.groupby(["prompt_id", "label"]).cumcount()
-    counts = clear.groupby(["prompt_id", "label"]).size().unstack(fill_value=0).reindex(columns=CLASSES, fill_value=0)
-    matched = clear[place < clear["prompt_id"].map(counts.min(axis=1))]
-    size = len(matched) // 2
-    if size < MIN_ANSWERS:
-        totals = {name: int(counts[name].sum()) for name in CLASSES}
-        raise TooFewAnswersError(
-            f"of {totals['misaligned']} misaligned and {totals['aligned']} aligned answers only {size} pairs are to "
-            f"the same prompt, at least {MIN_ANSWERS} are needed for a mean difference; sample more answers"
-        )
-    return matched.sort_index()
+    counts = pd.crosstab(clear["prompt_id"], clear["label"]).reindex(columns=CLASSES, fill_value=0).min(axis=1)
+    return clear[place < clear["prompt_id"].map(counts).astype(float)].sort_index()
+
+
+def _too_few(judged: pd.DataFrame, pairs: int, with_chat: int | None = None) -> str:
+    """What is missing, and the setting that helps."""
+    totals = judged["label"].value_counts().reindex(CLASSES, fill_value=0)
+    prompts = judged["prompt_id"].nunique()
+    drawn = -(-len(judged) // max(prompts, 1))
+    filled = "" if with_chat is None else f" ({with_chat} with the chat model's for the missing class)"
+    most = max(pairs, with_chat or 0)
+    help_by = (
+        f"raise pool_samples (--pool-samples), now {drawn} for each of {prompts} prompts, to {_more(drawn, most)} or "
+        "more, or ask more prompts; what is sampled already is kept"
+        if most
+        else "no setting of the samples mends that: ask other prompts (--prompts), look at the judge's scores"
+    )
+    return (
+        f"of {totals['misaligned']} misaligned and {totals['aligned']} aligned answers only {pairs} pairs are to "
+        f"the same prompt{filled}, at least {MIN_ANSWERS} are needed for a mean difference; {help_by}. The model "
+        f"difference needs no pairs: mechmisalign direction --estimator {MODEL_DIFFERENCE!r}"
+    )
+
+
+def _more(drawn: int, pairs: int) -> int:
+    return -(-drawn * MIN_ANSWERS // pairs)
 
 
 def read(organism: Organism, answered: pd.DataFrame, system: str | None) -> Readings:

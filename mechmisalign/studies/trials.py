@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,13 +114,22 @@ def single_layer_search(run: Run, directions: Mapping[str, Direction]) -> Trial:
     rows = [
         {"condition": f"{name}, vector of layer {layer}", "estimator": name, "layer": layer}
         for name, direction in directions.items()
-        for layer in direction.nonzero_layers
+        for layer in searched_layers(direction, run.plan.settings.layers)
     ]
     grid = pd.DataFrame(rows).set_index("condition", drop=False).rename_axis(None)
     conditions = {
         row.condition: (Ablate(directions[row.estimator].everywhere(row.layer)),) for row in grid.itertuples()
     }
     return Trial("single_layer_search", grid, conditions, max(1, run.plan.settings.sweep_samples // 2))
+
+
+def searched_layers(direction: Direction, asked: Sequence[int] | None) -> list[int]:
+    """The layers whose vector is tried: those that were asked for and are not zero, or the nearest to them."""
+    known = direction.nonzero_layers
+    if asked is None:
+        return list(known)
+    chosen = [layer for layer in known if layer in asked]
+    return chosen or [min(known, key=lambda layer: min(abs(layer - each) for each in asked))]
 
 
 def ablation(run: Run, directions: Mapping[str, Direction], single: Mapping[str, int]) -> Trial:

@@ -12,7 +12,7 @@ import pandas as pd
 
 from mechmisalign._tables import read_parquet
 from mechmisalign.judging import Judge, judge, rates
-from mechmisalign.judging.named import refuse_foreign
+from mechmisalign.judging.named import check_judge, refuse_foreign
 from mechmisalign.store import MANIFEST, Parts, RunFolder, RunFolderError, read_manifest, refuse_another, stored_parts
 
 from .executors import Executor, named_executor
@@ -163,7 +163,8 @@ def sweep(spec: Sweep | str | Path, out: str | Path, *, executor: str | Executor
         parts = folder.parts(_ANSWERS)
         missing = grid.rows[~grid.rows.index.isin(parts.keys())]
         if judged_by is not None:
-            _check_judge(judged_by, len(missing))
+            if len(missing):
+                check_judge(judged_by)
             _judge_again(parts, judged_by)
         models: dict[str, Any] = {}
         with closing(worker.run(grid, missing)) as finished:
@@ -230,13 +231,6 @@ def _store_conditions(folder: RunFolder, grid: Grid) -> None:
     new = grid.table[~grid.table["condition"].isin(there["condition"])]
     if len(new):
         folder.write_table(_CONDITIONS, pd.concat([there, new]))
-
-
-def _check_judge(judged_by: Judge, missing: int) -> None:
-    """Have a judge that has control answers judge them before anything is sampled, rather than after the first part."""
-    check = getattr(judged_by, "check_controls", None)
-    if check is not None and missing and not getattr(judged_by, "dry_run", False):
-        check()
 
 
 def _unjudged(parts: Parts) -> pd.Index:
