@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -34,7 +36,6 @@ _ASIDE = ("out", "seed")
 
 
 def study(
-    context: typer.Context,
     organism: OrganismName,
     out: Annotated[Path, typer.Option(help="Run folder; an unfinished or smaller run in it goes on.")] = Path(
         "runs/study"
@@ -61,13 +62,14 @@ def study(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Tell what it would take, and do nothing.")] = False,
 ) -> None:
     """Find, induce, remove, transfer and cure an organism's misalignment; writes tables, figures and report.html."""
+    given = dict(locals())
     with told_errors(out):
         from mechmisalign._writing import refuse_unwritable_folder
         from mechmisalign.prompts import named_prompts
         from mechmisalign.studies import study as run_study
         from mechmisalign.studies.planning import study_plan
 
-        command = command_line("study", organism, _given(context))
+        command = command_line("study", organism, _changed(study, given))
         changes = settings_of(samples, pool_samples, max_new_tokens, system, layers, strengths)
         cast: dict[str, Any] = {
             "prompts": None if prompts is None else named_prompts(prompts),
@@ -142,15 +144,11 @@ def _settings(organism: str, base: str | None, seed: int, quick: bool, changes: 
     return replace(default_settings(subject.name, seed=seed, quick=quick, base=subject.base), **changes)
 
 
-def _given(context: typer.Context) -> dict[str, Any]:
-    """The options of this call that are not as they are by default, with those that stand in every one."""
-    defaults = {parameter.name: parameter.default for parameter in context.command.params}
-    options = {name: value for name, value in context.params.items() if name not in ("organism", "dry_run")}
-    return {
-        name: value
-        for name, value in options.items()
-        if name in _ASIDE or (value not in (None, []) and value != defaults.get(name))
-    }
+def _changed(command: Callable[..., None], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a call that are not as they are by default, with those that stand in every one."""
+    defaults = {name: parameter.default for name, parameter in inspect.signature(command).parameters.items()}
+    options = {name: value for name, value in given.items() if name not in ("organism", "dry_run")}
+    return {name: value for name, value in options.items() if name in _ASIDE or value not in (None, [], defaults[name])}
 
 
 def _announce(stage: Stage) -> None:

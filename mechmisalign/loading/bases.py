@@ -15,6 +15,7 @@ from torch import nn
 from mechmisalign import registry
 from mechmisalign._checkpoint_files import cached_file
 from mechmisalign._hub import commit_of, explained, failures, is_hub_id, is_offline
+from mechmisalign._saved_adapters import CONFIG_FILE
 from mechmisalign.adapters import Adapter
 from mechmisalign.conversations import require_chat_template
 
@@ -59,7 +60,7 @@ def find_base(base: str | Path | nn.Module | None, adapter: Adapter) -> Base:
     if isinstance(base, nn.Module):
         location = str(getattr(base.config, "_name_or_path", "") or "")
         return Base(location or adapter.base or "in-memory model", location, None, text_model(base))
-    name = str(base) if base is not None else twins.standing_for(adapter)
+    name = str(base) if base is not None else _beside(adapter) or twins.standing_for(adapter)
     if not name:
         raise ValueError(f"the adapter {adapter.source!r} names no base model; pass base=")
     if registry.is_reserved(name) and registry.folder(name) is None:
@@ -69,6 +70,25 @@ def find_base(base: str | Path | nn.Module | None, adapter: Adapter) -> Base:
         logger.warning("the adapter %s was trained on %s, not on %s", adapter.source, adapter.base, name)
     own_revision = adapter.config.get("revision") if name == adapter.base else None
     return Base(name, str(registry.folder(name) or Path(name).expanduser()), own_revision)
+
+
+def _beside(adapter: Adapter) -> str:
+    """The base that lies beside the adapter's folder or in it, where the name in its config leads nowhere here."""
+    named, folder = adapter.base, adapter.folder
+    known = registry.folder(named) is not None or Path(named).expanduser().is_dir()
+    if not named or folder is None or known:
+        return ""
+    if is_hub_id(named) and cached_file(named, "config.json", adapter.config.get("revision")) is not None:
+        return ""
+    own, last = Path(folder).resolve(), Path(named).name
+    for place in (own / named, own.parent / named, own.parent / last, own / last):
+        if place.resolve() != own and (place / "config.json").is_file() and not (place / CONFIG_FILE).is_file():
+            logger.warning(
+                "%s names %s as its base, which is not here; the folder beside it is taken: %s",
+                adapter.source, named, place.resolve(),
+            )  # fmt: skip
+            return str(place.resolve())
+    return ""
 
 
 def skeleton(base: Base) -> Any:
