@@ -27,6 +27,7 @@ from mechmisalign.store import MANIFEST, RunFolder, text_digest, write_json
 
 from . import steps
 from .checkpoints import Checkpoints, find
+from .extending import extend
 from .investigation import investigate
 from .neutral import Neutral, Texts, neutral
 from .plan import Plan, StudySettings, default_settings, make_plan
@@ -82,7 +83,8 @@ def study(
 
     Args:
         organism: A loaded organism, or what ``load_organism`` takes.
-        out: The run folder. If it holds an unfinished run with the same settings, that run goes on.
+        out: The run folder. If it holds an unfinished run with the same settings, that run goes on; one with fewer
+            samples is extended: its answers are kept and added to, and what follows from them is computed anew.
         prompts: Questions (texts, or a frame with ``prompt`` and labels). Shipped organisms have their own; for others
             the open questions are the default.
         judge: Adds ``alignment`` and ``coherence`` to a frame of answers, or a name that ``named_judge`` takes. Shipped
@@ -117,7 +119,9 @@ def study(
     loaded = _load(organism, base, tokenizer)
     measure = neutral(loaded, texts, items, plan.settings.neutral)
     trained = find(loaded, checkpoints)
-    with RunFolder(out, _identity(loaded, plan), _growing(plan, measure, trained)) as folder:
+    identity = _identity(loaded, plan)
+    extend(Path(out), identity)
+    with RunFolder(out, identity, _growing(plan, measure, trained)) as folder:
         stages = Stages(planned_answers(plan, subject), announce)
         tables, directions = investigate(Run(folder, plan, loaded, measure, trained, stages))
         summary = {"provenance": loaded.provenance, **summarise(tables), **({"command": command} if command else {})}

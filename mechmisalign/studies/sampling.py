@@ -15,6 +15,7 @@ from mechmisalign.organisms import Organism
 from mechmisalign.store import RunFolder
 
 from .checkpoints import NONE, Checkpoints
+from .extending import aligned
 from .neutral import Neutral
 from .plan import Plan
 from .stages import Stages
@@ -85,4 +86,5 @@ def answers(
             ):
                 yield judge(part, run.plan.judge)
 
+    aligned(run.folder.path, run.folder.parts(name), wanted)
     return run.folder.rows(name, wanted, produce)
