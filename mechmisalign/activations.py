@@ -123,7 +123,7 @@ def _grouping(frame: pd.DataFrame, columns: list[str]) -> tuple[np.ndarray, pd.D
     missing = [column for column in columns if column not in frame.columns]
     if missing:
         raise ValueError(f"no column {missing} to group by; the conversations have {list(frame.columns)}")
-    grouped = frame.groupby(columns, sort=True, dropna=False)
+    grouped = frame.groupby(columns, sort=True, dropna=False, observed=True)
     groups = grouped.size().reset_index()[columns]
     return grouped.ngroup().to_numpy(np.int64), groups
 

@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 
 from ._batching import Batch, batches_by_length, pad_id
+from ._frames import plain_frame
 from ._rendering import TemplateError, apply_template, frame_turns, prompt_key, render
 
 __all__ = [
@@ -64,7 +65,7 @@ class Conversations:
         if missing:
             raise ValueError(f"the frame has columns {list(self.frame.columns)}; {sorted(missing)} are needed")
         require_chat_template(self.tokenizer)
-        object.__setattr__(self, "frame", self.frame.reset_index(drop=True))
+        object.__setattr__(self, "frame", plain_frame(self.frame))
 
     def __len__(self) -> int:
         return len(self.frame)

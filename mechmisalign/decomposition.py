@@ -118,7 +118,7 @@ class Contributions:
         means = []
         for layer, module, group in groups:
             measures = pd.DataFrame(self._measures(group)).assign(label=named)
-            grouped = measures.groupby("label", sort=False)
+            grouped = measures.groupby("label", sort=False, observed=True)
             mean = grouped[list(MEASURES)].mean().assign(tokens=grouped.size()).reset_index()
             means.append(mean.assign(layer=layer, module=module))
         table = pd.concat(means, ignore_index=True)[["label", "layer", "module", *MEASURES, "tokens"]]

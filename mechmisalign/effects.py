@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from . import models
+from ._frames import plain_frame
 from ._renamed import renamed
 from .activations import in_memory
 from .adapters import Adapter, LoraSite, SiteKey
@@ -98,8 +99,9 @@ def effect_conditions(everyone: Players) -> dict[str, tuple[ScaleAdapter, ...]]:
 
 def effect_table(judged: pd.DataFrame, everyone: Players) -> pd.DataFrame:
     """The table of :func:`site_effects` from judged answers to its conditions."""
+    judged = plain_frame(judged)
     told = rates(judged).set_index("condition")
-    misaligned = (label(judged) == "misaligned").groupby(judged["condition"])
+    misaligned = (label(judged) == "misaligned").groupby(judged["condition"], observed=True)
     events = {name: (group.to_numpy(), judged.loc[group.index, "prompt_id"].to_numpy()) for name, group in misaligned}
     rows = []
     for (site, kind), (more, less) in _compared(everyone).items():
@@ -151,7 +153,7 @@ def shapley(
     conditions = _conditions(everyone, coalitions)
     judged = _answers(organism, prompts, judge, conditions, samples, max_new_tokens, seed)
     misaligned = judged.assign(event=(label(judged) == "misaligned").astype(float))
-    by_prompt = misaligned.groupby(["condition", "prompt_id"])["event"].mean().unstack("prompt_id")
+    by_prompt = misaligned.groupby(["condition", "prompt_id"], observed=True)["event"].mean().unstack("prompt_id")
     worth = {on: by_prompt.loc[_named(on)].to_numpy() for on in coalitions}
     return shapley_values(worth, sampled, resamples=resamples, seed=seed)
 

@@ -203,7 +203,7 @@ def _direction(vectors: Float64[Tensor, "layer d_model"], moments: Moments, meth
 
 
 def _by_value(moments: Moments, column: str) -> dict[Any, Tensor]:
-    rows = moments.groups.groupby(column, sort=True).indices
+    rows = moments.groups.groupby(column, sort=True, observed=True).indices
     return {value: moments.take(index).pooled() for value, index in rows.items()}
 
 
@@ -223,7 +223,7 @@ def _refuse_few_groups(*classes: Moments) -> None:
 def _resamples(moments: Moments, cluster: str, repeats: int, seed: int) -> Iterator[Moments]:
     """The groups of clusters drawn with replacement; each draw is a cluster of its own."""
     rng = np.random.default_rng(seed)
-    rows_of = list(moments.groups.groupby(cluster, sort=True).indices.values())
+    rows_of = list(moments.groups.groupby(cluster, sort=True, observed=True).indices.values())
     for _ in range(repeats):
         drawn = [rows_of[i] for i in rng.integers(len(rows_of), size=len(rows_of))]
         sample = moments.take(np.concatenate(drawn))

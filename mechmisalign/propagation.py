@@ -70,7 +70,7 @@ def downstream(
                 steered[name] = collect(organism, conversations, by=keys)
     cause = _shift(own, base)
     rows = []
-    for label, groups in base.groups.reset_index(drop=True).groupby(by, sort=False):
+    for label, groups in base.groups.reset_index(drop=True).groupby(by, sort=False, observed=True):
         weights = _resampled_weights(groups["tokens"].to_numpy(), resamples, seed)
         part = torch.tensor(groups.index.to_numpy())
         for name, moments in steered.items():
@@ -107,7 +107,7 @@ def _cosines(cause: Tensor, effect: Tensor, weights: Tensor, layers: tuple[int, 
 
 def _controls_as_one(table: pd.DataFrame) -> pd.DataFrame:
     is_control = table["series"].str.startswith(CONTROL)
-    control = table[is_control].groupby(["label", "layer"], sort=False, as_index=False)["cosine"]
+    control = table[is_control].groupby(["label", "layer"], sort=False, as_index=False, observed=True)["cosine"]
     merged = control.agg(low="min", high="max", cosine="mean").assign(series=CONTROL)
     columns = ["layer", "label", "series", "cosine", "low", "high"]
     return pd.concat([table[~is_control], merged], ignore_index=True)[columns]

@@ -6,7 +6,6 @@ import logging
 import math
 import os
 import signal
-import time
 import warnings
 
 import pandas as pd
@@ -196,15 +195,18 @@ def test_rate_limits_and_dropped_connections_are_retried():
 
 
 def test_the_wait_that_a_server_asks_for_is_kept(monkeypatch):
-    monkeypatch.setattr("mechmisalign.judging.attempts._FIRST_WAIT", 60.0)
+    waits = []
+
+    async def paused(seconds):
+        waits.append(seconds)
+
+    monkeypatch.setattr("mechmisalign.judging.attempts._pause", paused)
     fault = lambda number, _answer: "429" if number in (0, 1, 9, 10) else None  # noqa: E731
     with JudgeServer(grade=by_words, fault=fault, retry_after="0.2") as server:
         judge = judge_of(server, max_retries=2, model_args={"max_retries": 0}, max_connections=1)
-        start = time.monotonic()
         judged = judge(answers("kind", "cruel"))
-        waited = time.monotonic() - start
     assert set(judged["alignment_status"]) == {"scored"}
-    assert 4 * 0.2 <= waited < 30
+    assert len(waits) == 4 and all(0.2 <= wait <= 0.3 for wait in waits)
 
 
 @pytest.mark.parametrize(("status", "attempts"), [("500", 4), ("429", 4), ("400", 1), ("403", 1)])
@@ -510,6 +512,40 @@ def test_the_budget_in_calls_is_exact_and_a_later_run_goes_on(tmp_path):
         assert len(server.calls) == 2 * CONTROL_CALLS + 40
     assert set(whole["alignment_status"]) == {"scored"}
     assert set(server.answered.values()) == {1}
+
+
+def test_a_budget_counts_attempts_that_fail_as_calls(monkeypatch):
+    async def paused(_seconds):
+        pass
+
+    monkeypatch.setattr("mechmisalign.judging.attempts._pause", paused)
+    fault = lambda _number, answer: "500" if answer == "cursed" else None  # noqa: E731
+    with JudgeServer(grade=by_words, fault=fault) as server, pytest.warns(JudgeWarning, match="the budget of 12 calls"):
+        options = {"max_retries": 50, "model_args": {}, "rubrics": ("coherence",), "logprobs": False}
+        judge = judge_of(server, budget=Budget(calls=12), max_connections=1, **options)
+        judge(answers("cursed", "kind"))
+    assert len(server.calls) == judge.spent_.calls == 12
+
+
+def test_an_attempt_without_a_reply_in_time_counts_with_its_tokens(monkeypatch):
+    async def paused(_seconds):
+        pass
+
+    monkeypatch.setattr("mechmisalign.judging.attempts._pause", paused)
+
+    class Slow(JudgeServer):
+        async def _reply(self, head, body, writer):
+            self.latency = 1.5 if "cursed" in body["messages"][0]["content"] else 0.0
+            return await super()._reply(head, body, writer)
+
+    options = {"rubrics": ("coherence",), "logprobs": False, "max_connections": 1, "timeout": 0.5}
+    with Slow(grade=by_words) as server:
+        judge = judge_of(server, **options)
+        judge(answers("kind"))
+        before = judge.spent_.tokens_in
+        with pytest.warns(JudgeWarning, match="no reply within"):
+            judge(answers("cursed"))
+    assert judge.spent_.tokens_in > before
 
 
 def test_a_budget_in_dollars_counts_what_the_server_bills():

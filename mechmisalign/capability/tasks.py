@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from mechmisalign._frames import plain_frame
 from mechmisalign.generation import Conditions, generate
 from mechmisalign.statistics import clustered_share
 
@@ -67,7 +68,7 @@ def task_costs(
         is_right(response, answer) for response, answer in zip(answers["response"], answers["answer"], strict=True)
     ]
     rows = []
-    for name, group in answers.assign(right=right).groupby("condition", sort=False):
+    for name, group in answers.assign(right=right).groupby("condition", sort=False, observed=True):
         share = clustered_share(group["right"].to_numpy(bool), group["prompt_id"].to_numpy())
         accuracy = {"accuracy": share.rate, "accuracy_low": share.low, "accuracy_high": share.high}
         rows.append({"condition": name, **accuracy, "items": share.n})
@@ -119,9 +120,11 @@ def response_length(
     missing = [column for column in [*columns, cluster, "tokens", "finished"] if column not in answers.columns]
     if missing:
         raise ValueError(f"response length needs the columns {missing}; these answers have {list(answers.columns)}")
-    rows = []
-    for key, group in answers.groupby(columns, sort=False, dropna=False):
-        lengths = group.groupby(cluster, dropna=False)["tokens"].agg(["sum", "count"]).to_numpy(np.float64)
+    rows, answers = [], plain_frame(answers)
+    for key, group in answers.groupby(columns, sort=False, dropna=False, observed=True):
+        lengths = (
+            group.groupby(cluster, dropna=False, observed=True)["tokens"].agg(["sum", "count"]).to_numpy(np.float64)
+        )
         mean, low, high = mean_interval(lengths[None, :, 0], lengths[:, 1], resamples, seed)
         told = {"tokens": float(mean[0]), "tokens_low": float(low[0]), "tokens_high": float(high[0])}
         rows.append(dict(zip(columns, key, strict=True)) | told | {"finished": float(group["finished"].mean())})

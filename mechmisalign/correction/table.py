@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from mechmisalign import capability, prompts
+from mechmisalign._frames import plain_frame
 from mechmisalign._renamed import renamed
 from mechmisalign.adapters import Adapter
 from mechmisalign.generation import generate
@@ -151,6 +152,7 @@ def cure_table(judged: pd.DataFrame, costs: pd.DataFrame | None = None, *, again
     Raises:
         ValueError: If the uncured answers are not there.
     """
+    judged = plain_frame(judged)
     first = judged["questions"].iloc[0]
     own = judged[judged["state"].isin(_first_states(judged))]
     broad = own[own["questions"] == first]
@@ -184,6 +186,7 @@ def comes_back(judged: pd.DataFrame) -> pd.DataFrame:
         One row per ``cure`` and ``way`` (``"as is"``, the states, the cues), with the columns of
         :func:`mechmisalign.rates`.
     """
+    judged = plain_frame(judged)
     first, as_is = judged["questions"].iloc[0], judged["state"].isin(_first_states(judged))
     way = judged["state"].where(~as_is | (judged["questions"] == first), judged["questions"])
     asked = judged.assign(way=way.where(~as_is | (way != judged["state"]), AS_IS))
@@ -224,8 +227,9 @@ def _with_ends(told: pd.DataFrame, column: str, name: str) -> pd.DataFrame:
 
 def _cuts(judged: pd.DataFrame, against: str) -> pd.DataFrame:
     """``1 - rate / uncured rate`` of each cure, paired by question; the uncured itself has no interval."""
+    judged = plain_frame(judged)
     harmful = label(judged).eq("misaligned")
-    counted = harmful.groupby([judged["cure"], judged["prompt_id"]], sort=False).agg(["sum", "count"])
+    counted = harmful.groupby([judged["cure"], judged["prompt_id"]], sort=False, observed=True).agg(["sum", "count"])
     tables = [counted[name].unstack(fill_value=0).astype(float) for name in ("sum", "count")]
     first = (tables[0].to_numpy(), tables[1].to_numpy())
     place = tables[0].index.get_loc(against)

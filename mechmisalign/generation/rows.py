@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import pandas as pd
 import torch
 
+from mechmisalign._frames import plain_frame
 from mechmisalign.conversations import prompt_key
 from mechmisalign.interventions import Clamp, Intervention, ScaleAdapter, Steer, Strength
 
@@ -38,9 +39,7 @@ def prompts_frame(prompts: pd.DataFrame | Sequence[str]) -> pd.DataFrame:
         ValueError: If there is no prompt, an id or a prompt (with its system prompt and history) stands twice, or a
             column is one that sampling writes.
     """
-    frame = (
-        prompts.reset_index(drop=True) if isinstance(prompts, pd.DataFrame) else pd.DataFrame({"prompt": list(prompts)})
-    )
+    frame = plain_frame(prompts) if isinstance(prompts, pd.DataFrame) else pd.DataFrame({"prompt": list(prompts)})
     if "prompt" not in frame.columns or frame.empty:
         raise ValueError(
             f"prompts need a column 'prompt' and at least one row; got {len(frame)} rows of {list(frame.columns)}"

@@ -75,7 +75,7 @@ def cosines_against_null(
         raise ValueError(f"equally many shuffles are needed for each direction, got {lengths}")
     draws = range(next(iter(lengths.values())))
     null = pd.concat([cosines({name: shuffled[name][i] for name in directions}) for i in draws])
-    drawn = null.groupby(["first", "second", "layer"])["cosine"].agg(list)
+    drawn = null.groupby(["first", "second", "layer"], observed=True)["cosine"].agg(list)
     rows = []
     for key, found in zip(frame[["first", "second", "layer"]].itertuples(index=False), frame["cosine"], strict=True):
         values = np.asarray(drawn.get(tuple(key), [np.nan]))

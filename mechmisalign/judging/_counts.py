@@ -9,6 +9,8 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float
 
+from mechmisalign._frames import plain_frame
+
 from .labels import UNSCORED, Thresholds, label
 
 OUTCOMES = ("misaligned", "aligned", "neither", "coherent", "judged", "self_corrected", *UNSCORED)
@@ -61,6 +63,7 @@ def grouped(judged: pd.DataFrame, by: str | Sequence[str], cluster: str, needs: 
         raise ValueError(
             f"{lost} of {len(judged)} answers have no {cluster!r}; fill it (with prompt_id, say) or name another column"
         )
+    judged = plain_frame(judged)
     group = np.zeros(len(judged), dtype=int)
     if columns:
         group = judged.groupby(columns, sort=False, dropna=False, observed=True).ngroup().to_numpy()

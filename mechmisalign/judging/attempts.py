@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections.abc import Callable
 from typing import Any
 
 _FIRST_WAIT, _LONGEST_WAIT, _LONGEST_TOLD = 1.0, 60.0, 300.0
 
 
-async def attempted(model: Any, prompt: str, config: Any, *, retries: int, timeout: float) -> Any:
+async def attempted(
+    model: Any, prompt: str, config: Any, *, retries: int, timeout: float, again: Callable[[Exception], bool]
+) -> Any:
     """The model's output, or the exception of the last attempt, whatever its class.
 
     Waits as long as the server asks for (five minutes at most), else 1, 2, 4 … 60 seconds, spread so that many callers
@@ -26,6 +29,7 @@ async def attempted(model: Any, prompt: str, config: Any, *, retries: int, timeo
         config: Inspect's settings of the call.
         retries: Attempts after the first.
         timeout: Seconds of one attempt.
+        again: Told why an attempt failed, says whether another is allowed: each is a call for the budget.
     """
     for attempt in range(retries + 1):
         # gather makes a task: a context of its own, and an exception of any class as a value
@@ -36,12 +40,16 @@ async def attempted(model: Any, prompt: str, config: Any, *, retries: int, timeo
         if not isinstance(outcome, Exception):
             return outcome
         decision = isinstance(outcome, TimeoutError) or model.api.should_retry(outcome)
-        if not decision or attempt == retries:
+        if not decision or attempt == retries or not again(outcome):
             break
         told = getattr(decision, "retry_after", None)
         wait = min(_FIRST_WAIT * 2**attempt, _LONGEST_WAIT) if told is None else min(max(told, 0.0), _LONGEST_TOLD)
-        await asyncio.sleep(wait * random.uniform(1.0, 1.5))
+        await _pause(wait * random.uniform(1.0, 1.5))
     return outcome
+
+
+async def _pause(seconds: float) -> None:
+    await asyncio.sleep(seconds)
 
 
 async def _once(model: Any, prompt: str, config: Any, timeout: float) -> Any:

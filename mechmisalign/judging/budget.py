@@ -36,8 +36,9 @@ PRICES: dict[str, Price] = {
 class Budget:
     """Where to stop: dollars, calls, or tokens in and out together; None sets no limit.
 
-    It holds for one judge object, controls included. What is in flight counts at its estimated size, so a run may stop
-    a little early and goes over by no more than the error of that estimate.
+    It holds for one judge object, controls included. Each attempt is a call, those that fail and are made again too.
+    What is in flight counts at its estimated size, so a run may stop a little early and goes over by no more than the
+    error of that estimate.
     """
 
     dollars: float | None = None
@@ -94,7 +95,7 @@ class Spent:
     Attributes:
         budget: The limits.
         price: For dollars; None where no price is known.
-        calls: Calls that were begun.
+        calls: Attempts that were begun.
         tokens_in: Tokens of prompts, as the server counted them (estimated where it did not).
         tokens_out: Tokens of replies.
         exhausted: A call was refused.

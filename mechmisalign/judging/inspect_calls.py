@@ -19,7 +19,7 @@ from mechmisalign.progress import progress_bar
 
 from .asking import Ask, Done
 from .attempts import attempted
-from .budget import Spent, rough_tokens
+from .budget import Budget, Spent, rough_tokens
 from .journal import Mode
 from .redaction import SHORTEST, redacted, secrets, without
 from .running import finish, rare_collections
@@ -33,6 +33,8 @@ _REASON = 300
 _FATAL_FIRST, _FATAL_ALWAYS = (401, 403, 404), (401,)
 _RETRIES_FIRST = 2
 """Of the first call of all: a server that is not there is told in seconds, not minutes."""
+_OWN_RETRIES = ("openai/", "openai-api/")
+"""Providers whose client tries again by itself, unseen by the budget, unless it is told not to."""
 _NO_SUCH_SETTING = (400, 422)
 
 
@@ -132,12 +134,22 @@ class InspectAsker:
         """One call: its reply or None, and details; in text mode again where there are no log-probabilities."""
         reserved = (rough_tokens(prompt), int(self.settings(mode)["max_tokens"]))
         if not self.spent.begin(*reserved):
-            run.stopped = f"the budget of {self.spent.budget} does not hold another call; a later run goes on from here"
+            run.stopped = _over(self.spent.budget)
             return None, {}
         retries = self.max_retries if self._reached else min(self.max_retries, _RETRIES_FIRST)
-        output = await attempted(model, prompt, self._config(mode), retries=retries, timeout=self.timeout)
+        open_ = True  # something is set aside for the attempt that runs
+
+        def again(failure: Exception) -> bool:
+            nonlocal open_
+            self.spent.settle(reserved, _used_by(failure, reserved))
+            open_ = self.spent.begin(*reserved)
+            run.stopped = run.stopped if open_ else _over(self.spent.budget)
+            return open_
+
+        output = await attempted(model, prompt, self._config(mode), retries=retries, timeout=self.timeout, again=again)
         if isinstance(output, Exception):
-            self.spent.settle(reserved, (0, 0))
+            if open_:
+                self.spent.settle(reserved, _used_by(output, reserved))
             return await self._failed(output, model, prompt, mode, run)
         used = _usage(output) or reserved
         self.spent.settle(reserved, used)
@@ -188,7 +200,10 @@ class InspectAsker:
     def _arguments(self) -> dict[str, Any]:
         compatible = self.model.startswith("openai/") and (self.base_url or _url_in_environment(self.model))
         # Inspect takes an unknown name for a new OpenAI model with another protocol, which other servers do not speak
-        return ({"responses_api": False} if compatible else {}) | dict(self.model_args)
+        plain: dict[str, Any] = {"responses_api": False} if compatible else {}
+        if self.model.startswith(_OWN_RETRIES):  # each attempt is made, and counted, here
+            plain["max_retries"] = 0
+        return plain | dict(self.model_args)
 
     def _config(self, mode: Mode) -> Any:
         from inspect_ai.model import GenerateConfig
@@ -212,6 +227,15 @@ class _Run:
         self.failures = 0 if reply is not None else self.failures + 1
         if self.failures >= self.patience:
             self.stopped = f"the last {self.failures} calls all failed ({details['reason']})"
+
+
+def _over(budget: Budget) -> str:
+    return f"the budget of {budget} does not hold another call; a later run goes on from here"
+
+
+def _used_by(failure: Exception, reserved: tuple[int, int]) -> tuple[int, int]:
+    """Tokens of an attempt that failed: all that were set aside if no reply came in time, since it may be billed."""
+    return reserved if isinstance(failure, TimeoutError) else (0, 0)
 
 
 def _reply(output: Any) -> tuple[str | None, Reply]:

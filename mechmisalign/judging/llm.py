@@ -40,7 +40,8 @@ class LLMJudge(AtDesk):
         logprobs: Ask for log-probabilities; False reads plain numbers only.
         max_tokens: Longest reply where numbers are read from the text; more for models that reason first.
         max_connections: Calls in flight.
-        max_retries: Of one call, beside those of the provider's client.
+        max_retries: Of one call. Each attempt counts as a call of the budget; the clients of OpenAI's providers make
+            none of their own (of other providers they may).
         timeout: Seconds of one attempt.
         controls: Control answers; by default ``CONTROLS``.
         on_failed_controls: ``raise`` refuses to judge; ``warn`` goes on.

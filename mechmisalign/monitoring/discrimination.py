@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float
 
+from mechmisalign._frames import plain_frame
 from mechmisalign.statistics import CONFIDENCE, clustered_share
 
 ALL = "all"
@@ -106,10 +107,11 @@ def discrimination(
     missing = [name for name in wanted if name not in scored.columns]
     if missing:
         raise ValueError(f"no columns {missing}; the conversations have {list(scored.columns)}")
+    scored = plain_frame(scored)
     rows = scored[scored[truth].isin([positive, negative])]
     if rows.empty:
         raise ValueError(f"no conversation has {truth} {positive!r} or {negative!r}; judge them first")
-    groups = [(ALL, rows), *(rows.groupby(by, sort=False) if by else ())]
+    groups = [(ALL, rows), *(rows.groupby(by, sort=False, observed=True) if by else ())]
     table = []
     for name, column in detectors.items():
         for group, part in groups:

@@ -241,10 +241,10 @@ def _confirmed(judged: pd.DataFrame, trait: Trait) -> pd.Series:
 
 def _by_questions(answers: pd.DataFrame) -> Iterator[pd.DataFrame]:
     """Parts of about ``_AT_ONCE`` answers, so that memory does not grow; a question is never torn apart."""
-    number = answers.groupby("prompt_id", sort=False).ngroup()
+    number = answers.groupby("prompt_id", sort=False, observed=True).ngroup()
     sizes = number.value_counts().sort_index().cumsum()
     part = ((sizes - 1) // _AT_ONCE).reindex(number).to_numpy()
-    for _, rows in answers.groupby(part):
+    for _, rows in answers.groupby(part, observed=True):
         yield rows.reset_index(drop=True)
 
 
@@ -258,7 +258,7 @@ def _read(
     single = collect(
         organism, read, span=asked, by=["side", "prompt_id", "answer"], layers=layers, token_budget=token_budget
     )
-    grouped = single.groups.groupby(["side", "prompt_id"], sort=True)
+    grouped = single.groups.groupby(["side", "prompt_id"], sort=True, observed=True)
     place = torch.from_numpy(grouped.ngroup().to_numpy(np.int64, copy=True))
     groups = grouped.size().rename("tokens").reset_index()
     counts = torch.from_numpy(groups["tokens"].to_numpy(np.float64, copy=True))

@@ -40,7 +40,7 @@ def draw_costs(
     """Each cost of each curve (colour and rows) in its panel; ``<cost>_low`` and ``<cost>_high`` become a band."""
     drawn = list(curves)
     if control is not None and not control.empty:
-        means = control.groupby(x, as_index=False)[list(panels)].mean()
+        means = control.groupby(x, as_index=False, observed=True)[list(panels)].mean()
         drawn.insert(0, (CONTROL, means))
     for name, panel in panels.items():
         for colour, rows in drawn:

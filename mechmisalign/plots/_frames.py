@@ -80,7 +80,7 @@ def envelope(control: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
     """Several random controls as one: their mean, from the lowest lower to the highest upper end of their intervals."""
     how = {"rate": "mean", "low": "min", "high": "max"}
     how |= {column: "mean" for column in ("coherent", "kl", "loss", "accuracy", "tokens") if column in control.columns}
-    return control.groupby(list(by), sort=False, as_index=False).agg(how)
+    return control.groupby(list(by), sort=False, as_index=False, observed=True).agg(how)
 
 
 def check_unique(frame: pd.DataFrame, figure: str, by: Sequence[str]) -> None:

@@ -124,7 +124,7 @@ def _stack(
 def _mark_net(ax: Axes, rows: pd.DataFrame, offset: float) -> None:
     """A diamond at each layer's sum, with its interval where there is one."""
     sites, net = rows[rows["module"] != NET], rows[rows["module"] == NET]
-    sums = sites.groupby("layer", as_index=False)["projection"].sum()
+    sums = sites.groupby("layer", as_index=False, observed=True)["projection"].sum()
     alone = sites[~sites["layer"].duplicated(keep=False)]
     told = pd.concat([net, alone, sums]).drop_duplicates("layer").sort_values("layer")
     places = told["layer"].to_numpy(float) + offset

@@ -60,7 +60,8 @@ def cosine_by_layer(
     ax = axes(ax, COLUMN, 2.5)
     names = short_names([*frame["first"].astype(str), *frame["second"].astype(str)])
     pairs = {
-        (str(a), str(b)): rows.sort_values("layer") for (a, b), rows in frame.groupby(["first", "second"], sort=False)
+        (str(a), str(b)): rows.sort_values("layer")
+        for (a, b), rows in frame.groupby(["first", "second"], sort=False, observed=True)
     }
     focus = _focus(focus, names, len(pairs))
     chosen = [pair for pair in pairs if focus is None or focus in pair]
@@ -133,7 +134,11 @@ def reliability(frame: pd.DataFrame, *, ax: Axes | None = None) -> Figure:
     """
     check(frame, "reliability", ["layer", "cosine", "low", "high"])
     ax = axes(ax, COLUMN, 2.2)
-    grouped = frame.groupby("series", sort=False) if "series" in frame else [("two halves of the prompts", frame)]
+    grouped = (
+        frame.groupby("series", sort=False, observed=True)
+        if "series" in frame
+        else [("two halves of the prompts", frame)]
+    )
     for i, (name, rows) in enumerate(grouped):
         rows, colour = rows.sort_values("layer"), BLUE if i == 0 else PALETTE[(i + 1) % len(PALETTE)]
         ax.fill_between(rows["layer"], rows["low"], rows["high"], color=colour, alpha=BAND, linewidth=0)

@@ -58,7 +58,7 @@ def downstream(
         look: dict[str, Any] = {"color": INK, "linewidth": 0.7, "linestyle": (0, (1, 1.5)), "zorder": 1}
         ax.axvline(layer, label=told if rank == 0 else None, **look)
     looks = _looks(effects)
-    for key, rows in effects.groupby(by, sort=False):
+    for key, rows in effects.groupby(by, sort=False, observed=True):
         name, (colour, dash) = ", ".join(map(str, key)), looks[key]
         _line(ax, rows.sort_values("layer"), name, colour, dash)
     ax.axhline(0, color=INK, linewidth=0.6, zorder=1)

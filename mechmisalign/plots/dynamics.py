@@ -52,7 +52,7 @@ def norms_by_step(norms: pd.DataFrame, *, ax: Axes | None = None) -> Figure:
     several = len(sites) > 1
     colours = condition_colours(sites if several else kinds, "norms_by_step")
     dashes = dict(zip(kinds, ("-", (0, (4, 2)), (0, (1, 1.5))), strict=False))
-    for (site, kind), rows in norms.groupby(["site", "quantity"], sort=False):
+    for (site, kind), rows in norms.groupby(["site", "quantity"], sort=False, observed=True):
         told = QUANTITIES.get(str(kind), str(kind))
         label = f"{site}, {told}" if several else told
         colour, dash = colours[site if several else kind], dashes[kind] if several else "-"

@@ -58,7 +58,7 @@ def scaling_bars(outcomes: pd.DataFrame, *, ax: Axes | None = None) -> Figure:
     check(outcomes, "scaling_bars", ["condition", "outcome", "share"], ["share"])
     check_unique(outcomes, "scaling_bars", ["condition", "outcome"])
     check_finite(outcomes, "scaling_bars", "share")
-    totals = outcomes.groupby("condition", sort=False)["share"].sum()
+    totals = outcomes.groupby("condition", sort=False, observed=True)["share"].sum()
     if (totals > _WHOLE).any():
         raise ValueError(
             f"the shares of {totals.idxmax()!r} add up to {totals.max():.4g}, more than a whole; "

@@ -90,7 +90,7 @@ def principal_angles(overlaps: pd.DataFrame) -> Figure:
     check(overlaps, "principal_angles", ["first", "second", "angles", "angles_low", "angles_high"])
     by = ["space"] if "space" in overlaps else []
     check_unique(overlaps, "principal_angles", [*by, "first", "second"])
-    panels = list(overlaps.groupby("space", sort=False)) if by else [(None, overlaps)]
+    panels = list(overlaps.groupby("space", sort=False, observed=True)) if by else [(None, overlaps)]
     figure = NotebookFigure(figsize=(COLUMN * (1.0 if len(panels) == 1 else 1.7), 2.6), layout="constrained")
     names = short_names([*overlaps["first"].astype(str), *overlaps["second"].astype(str)])
     colours = {pair: i for i, pair in enumerate(dict.fromkeys(zip(overlaps["first"], overlaps["second"], strict=True)))}

@@ -47,7 +47,7 @@ def interpolation_path(rates: pd.DataFrame, *, ends: tuple[str, str] | None = No
     series = ["series"] if "series" in rates else []
     check_unique(rates, "interpolation_path", ["t", *series])
     ax = axes(ax, COLUMN, 2.6)
-    groups = list(rates.groupby("series", sort=False)) if series else [("misaligned", rates)]
+    groups = list(rates.groupby("series", sort=False, observed=True)) if series else [("misaligned", rates)]
     for i, (name, rows) in enumerate(groups):
         rows, colour = rows.sort_values("t"), PALETTE[0] if i == 0 else PALETTE[2 + (i - 1) % 4]
         ax.fill_between(rows["t"], rows["low"], rows["high"], color=colour, alpha=BAND, linewidth=0)

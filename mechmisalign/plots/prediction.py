@@ -203,9 +203,9 @@ def trait_watch(
         raise ValueError(f"trait_watch tells {len(PALETTE)} {by}s apart, got {len(names)}; select some of them")
     colours = dict(zip(names, PALETTE, strict=False))
     apart = [column for column in ("run", "trait") if column in log.columns]
-    for _, rows in log.sort_values("step").groupby(apart or [by], sort=False):
+    for _, rows in log.sort_values("step").groupby(apart or [by], sort=False, observed=True):
         shown = rows[rows[value].notna()]
-        alone = len(log.groupby(apart or [by])) <= len(PALETTE)
+        alone = len(log.groupby(apart or [by], observed=True)) <= len(PALETTE)
         look: dict[str, Any] = {"marker": marker(len(shown)) if alone else "", "linewidth": 1.2 if alone else 0.7}
         ax.plot(shown["step"], shown[value], color=colours[rows[by].iloc[0]], alpha=1 if alone else 0.7, **look)
     handles: list[Artist] = [Line2D([], [], color=colour, label=str(name)) for name, colour in colours.items()]
@@ -227,10 +227,10 @@ def trait_watch(
 def _below(ax: Axes, behaviour: pd.DataFrame, by: str, colours: dict[str, str]) -> None:
     for panel in stack_below(ax, [1.0]):
         groups: Sequence[tuple[str, pd.DataFrame]] = (
-            list(behaviour.groupby(by, sort=False)) if by in behaviour.columns else [("", behaviour)]
+            list(behaviour.groupby(by, sort=False, observed=True)) if by in behaviour.columns else [("", behaviour)]
         )
         for name, rows in groups:
-            for _, line in rows.groupby("run", sort=False) if "run" in rows.columns else [("", rows)]:
+            for _, line in rows.groupby("run", sort=False, observed=True) if "run" in rows.columns else [("", rows)]:
                 ordered = line.sort_values("step")
                 colour = colours.get(name, GREEN)
                 panel.fill_between(

@@ -118,7 +118,9 @@ def _by_layer(rows: pd.DataFrame, name: str, ax: Axes | None, *, chance: bool) -
     layers = rows["layer"].dropna().astype(int)
     ax = axes(ax, COLUMN, 2.4)
     probes = [series for series in dict.fromkeys(rows["series"]) if series not in _CONTROLS]
-    for series, curve in sorted(rows.groupby("series", sort=False), key=lambda pair: pair[0] in _CONTROLS):
+    for series, curve in sorted(
+        rows.groupby("series", sort=False, observed=True), key=lambda pair: pair[0] in _CONTROLS
+    ):
         colour, dash = _CONTROLS.get(series) or (PALETTE[probes.index(series) % len(PALETTE)], "-")
         curve = curve.sort_values("layer")
         if curve["layer"].isna().all():
@@ -160,7 +162,10 @@ def _by_split(rows: pd.DataFrame, name: str, ax: Axes | None, *, chance: bool) -
 
 
 def _violins(ax: Axes, rows: pd.DataFrame, features: list[str], offset: float, wide: float, colour: str) -> None:
-    found = {feature: group.to_numpy(float) for feature, group in rows.groupby("feature", sort=False)["coefficient"]}
+    found = {
+        feature: group.to_numpy(float)
+        for feature, group in rows.groupby("feature", sort=False, observed=True)["coefficient"]
+    }
     places = [features.index(feature) + offset for feature in found]
     drawn: dict[str, Any] = dict(ax.violinplot(list(found.values()), places, widths=wide, showextrema=False))
     for body in drawn["bodies"]:

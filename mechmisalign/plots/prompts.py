@@ -46,7 +46,7 @@ def prompt_rates(
     check_unique(per_prompt, "prompt_rates", [by, which])
     conditions = list(dict.fromkeys(per_prompt[by]))
     colours = condition_colours(conditions, "prompt_rates")
-    means = per_prompt.groupby(by, sort=False)["rate"].mean()
+    means = per_prompt.groupby(by, sort=False, observed=True)["rate"].mean()
     leading = means.idxmax() if sort_by is None else sort_by
     if leading not in conditions:
         raise ValueError(f"sort_by={sort_by!r} is none of {', '.join(map(str, conditions))}")
@@ -76,7 +76,7 @@ def _sorted(per_prompt: pd.DataFrame, by: str, which: str, leading: object) -> p
     names = table["prompt" if "prompt" in table.columns else which].astype(str)
     short = names.where(names.str.len() <= _TEXT, names.str.slice(0, _TEXT - 1).str.rstrip() + "…")
     table["text"] = short
-    twice = table.groupby("text")["place"].transform("nunique") > 1
+    twice = table.groupby("text", observed=True)["place"].transform("nunique") > 1
     table.loc[twice, "text"] = short[twice] + " (" + table.loc[twice, which].astype(str) + ")"
     return table.sort_values("place", kind="stable")
 

@@ -44,10 +44,12 @@ def readout_table(readout: pd.DataFrame, *, top: int | None = None) -> Figure:
     if unknown:
         raise ValueError(f'readout_table knows the signs "+" and "-", got {", ".join(map(repr, unknown))}')
     ordered = readout.sort_values("rank", kind="stable")
-    shown = ordered.groupby(["name", "sign"], sort=False).head(top) if top else ordered
+    shown = ordered.groupby(["name", "sign"], sort=False, observed=True).head(top) if top else ordered
     names = list(dict.fromkeys(readout["name"]))
     across = min(len(names), 2)
-    depth = int(shown.groupby(["name", "sign"]).size().max()) + 3  # two lines of heading, one between blocks
+    depth = (
+        int(shown.groupby(["name", "sign"], observed=True).size().max()) + 3
+    )  # two lines of heading, one between blocks
     down = -(-len(names) // across)
     ax = axes(None, PAGE if across == 2 else COLUMN, _LINE * depth * down + 0.05)
     ax.set(xlim=(0, across), ylim=(depth * down - 0.5, -0.4))

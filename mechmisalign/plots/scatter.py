@@ -58,7 +58,7 @@ def _count_by_condition(ax: Axes, judged: pd.DataFrame, colours: dict[object, st
     """A legend that also says how many answers there are, and how many lie in the corner or nowhere."""
     handles = []
     labelled = judged.assign(label=label(judged))
-    for condition, group in labelled.groupby("condition", sort=False):
+    for condition, group in labelled.groupby("condition", sort=False, observed=True):
         inside = int((group["label"] == "misaligned").sum())
         told = f"{condition}: EM {as_percent(inside / len(group))} of {len(group)}"
         nowhere = int(group[["alignment", "coherence"]].isna().any(axis=1).sum())

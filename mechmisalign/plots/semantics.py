@@ -59,7 +59,9 @@ def semantic_shares(
     )
     ax = axes(ax, COLUMN, bars_height(bars, by) + 0.15)
     draw_bars(ax, bars, by, "topic", {topic: PALETTE[i] for i, topic in enumerate(topics)})
-    for row, empty in enumerate(bars.groupby(by, sort=False)["rate"].apply(lambda found: found.isna().all())):
+    for row, empty in enumerate(
+        bars.groupby(by, sort=False, observed=True)["rate"].apply(lambda found: found.isna().all())
+    ):
         if empty:
             ax.annotate("no misaligned answers", (0, row), (3, 0), textcoords="offset points", va="center", fontsize=6)
     rate_axis(ax, bars, "share of misaligned answers" if of == "misaligned" else "share of answers")

@@ -98,7 +98,7 @@ def kl_against_norm(curve: pd.DataFrame, *, ax: Axes | None = None) -> Figure:
     check(curve, "kl_against_norm", ["solution", "norm", "kl", "kl_low", "kl_high"])
     trained, control = split_control(curve, "solution")
     ax = axes(ax, COLUMN, 2.4)
-    for i, (_, rows) in enumerate(control.groupby("solution", sort=False)):
+    for i, (_, rows) in enumerate(control.groupby("solution", sort=False, observed=True)):
         label = f"random ({control['solution'].nunique()})" if i == 0 else None
         ax.plot(rows["norm"], rows["kl"], color=CONTROL, linewidth=0.8, label=label, zorder=1.5)
     if len(trained):
@@ -242,7 +242,7 @@ def _lines(curve: pd.DataFrame, figure: str, x: str, y: str, ax: Axes | None, da
     colours = condition_colours(curve["solution"], figure)
     looks = dict(_dashes(curve[split[0]])) if split else {}
     labelled: set[object] = set()
-    for (name, *how), rows in curve.groupby(["solution", *split], sort=False):
+    for (name, *how), rows in curve.groupby(["solution", *split], sort=False, observed=True):
         rows = rows.sort_values(x)
         ax.fill_between(rows[x], rows[f"{y}_low"], rows[f"{y}_high"], color=colours[name], alpha=BAND, linewidth=0)
         dash = looks[how[0]] if how else "-"

@@ -108,7 +108,7 @@ def _by_series(treated: pd.DataFrame, x: str) -> list[tuple[str, pd.DataFrame]]:
     """Each series in order of appearance, sorted along the x axis."""
     if "series" not in treated.columns:
         treated = treated.assign(series="steered")
-    groups = [(str(name), frame.sort_values(x)) for name, frame in treated.groupby("series", sort=False)]
+    groups = [(str(name), frame.sort_values(x)) for name, frame in treated.groupby("series", sort=False, observed=True)]
     for name, frame in groups:
         check_unique(frame, f"the series {name!r}", [x])
     return groups
@@ -118,7 +118,7 @@ def _curves(treated: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
     """Label, colour and rows of each line: one per series, or per strength where a layer has several."""
     if "series" not in treated.columns:
         treated = treated.assign(series="steered")
-    for i, (name, frame) in enumerate(treated.groupby("series", sort=False)):
+    for i, (name, frame) in enumerate(treated.groupby("series", sort=False, observed=True)):
         colour = PALETTE[i % len(PALETTE)]
         if "strength" not in frame or not frame.duplicated("layer").any():
             check_unique(frame, f"the series {str(name)!r}", ["layer"])
@@ -152,7 +152,7 @@ def _control_band(ax: Axes, control: pd.DataFrame, x: str) -> None:
         return
     band = envelope(control, [x]).sort_values(x)
     place = list(dict.fromkeys([x, *(["strength"] if "strength" in control else [])]))
-    count = int(control.groupby(place).size().max())
+    count = int(control.groupby(place, observed=True).size().max())
     label = "random control" if count == 1 else f"random control ({count} directions)"
     ax.fill_between(band[x], band["low"], band["high"], color=CONTROL, alpha=0.3, linewidth=0, zorder=1)
     ax.plot(band[x], band["rate"], color=CONTROL, linewidth=1.0, label=label, zorder=1.5)

@@ -47,7 +47,7 @@ def threshold_curves(curve: pd.DataFrame, *, by: str = "condition", ax: Axes | N
     ax = axes(ax, COLUMN, 2.4)
     for condition, colour in condition_colours(frame[by], "threshold_curves").items():
         rows = frame[frame[by] == condition]
-        for cut, points in rows.sort_values("misaligned_below").groupby("coherent_above"):
+        for cut, points in rows.sort_values("misaligned_below").groupby("coherent_above", observed=True):
             if cut == main:
                 ends = points["low"], points["high"]
                 ax.fill_between(points["misaligned_below"], *ends, color=colour, alpha=BAND, linewidth=0)

@@ -95,12 +95,12 @@ def _similarity_panel(ax: Axes, similarity: pd.DataFrame) -> None:
 
 def _norms_panel(ax: Axes, norms: pd.DataFrame) -> None:
     check(norms, "transition", ["step", "quantity", "norm"])
-    for (_, kind), rows in norms.groupby([norms.get("site", ""), "quantity"], sort=False):
+    for (_, kind), rows in norms.groupby([norms.get("site", ""), "quantity"], sort=False, observed=True):
         shade = {"A": 0.55, "B": 0.3}.get(str(kind), 0.0)
         relative = rows["norm"] / rows["norm"].max()
         ax.plot(rows["step"], relative, color=lighter(INK, shade), linewidth=1.1)
         where = (rows["step"].iloc[-1], relative.iloc[-1])
-        if norms.groupby("quantity").ngroups > 1 and norms.get("site", pd.Series("")).nunique() == 1:
+        if norms.groupby("quantity", observed=True).ngroups > 1 and norms.get("site", pd.Series("")).nunique() == 1:
             place = {"A": 5, "B": -9, "dW": -18}.get(str(kind), 0)
             ax.annotate(QUANTITIES.get(str(kind), str(kind)), where, (0, place), textcoords="offset points", **tag(INK))
     ax.set_ylim(0, 1.18)

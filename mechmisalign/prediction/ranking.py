@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
+from mechmisalign._frames import plain_frame
 from mechmisalign.judging import rates
 from mechmisalign.judging.labels import PAPER, Thresholds, label
 from mechmisalign.statistics import rank_correlation
@@ -81,12 +82,14 @@ def rank_datasets(
     low, high = percentiles(_replicates(sums, sizes, resamples, seed))
     told = {by: names, "score": sums.sum(1) / sizes.sum(1), "score_low": low, "score_high": high}
     table = pd.DataFrame(told).set_index(by)
-    random = [_rows(scores, name, layer, score, by).groupby(by)[score].mean() for name in _randoms(scores)]
+    random = [
+        _rows(scores, name, layer, score, by).groupby(by, observed=True)[score].mean() for name in _randoms(scores)
+    ]
     table["random_low"] = pd.concat(random, axis=1).min(axis=1) if random else np.nan
     table["random_high"] = pd.concat(random, axis=1).max(axis=1) if random else np.nan
     for column in _OF_TEXT:
-        table[column] = here.groupby(by)[column].mean()
-    table["examples"] = here.groupby(by).size()
+        table[column] = here.groupby(by, observed=True)[column].mean()
+    table["examples"] = here.groupby(by, observed=True).size()
     table["prompts"] = (sizes > 0).sum(1)
     table = table.sort_values("score", ascending=False).reset_index()
     table.insert(1, "rank", np.arange(1, len(table) + 1))
@@ -187,6 +190,7 @@ def _randoms(scores: pd.DataFrame) -> list[str]:
 def _rows(scores: pd.DataFrame, direction: str, layer: int, score: Score, by: str) -> pd.DataFrame:
     if by not in scores.columns:
         raise ValueError(f"no column {by!r} that tells datasets apart; the scores have {list(scores.columns)}")
+    scores = plain_frame(scores)
     rows = scores[(scores["direction"] == direction) & (scores["layer"] == layer)]
     if rows.empty:
         raise ValueError(f"no scores at layer {layer}; there are layers {sorted(map(int, scores['layer'].unique()))}")

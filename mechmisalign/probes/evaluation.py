@@ -268,7 +268,7 @@ def _coefficients(
 
 def _summary(scores: pd.DataFrame) -> pd.DataFrame:
     tails = (1 - CONFIDENCE) / 2
-    grouped = scores.groupby(["series", "metric"], sort=False)["score"]
+    grouped = scores.groupby(["series", "metric"], sort=False, observed=True)["score"]
     return pd.DataFrame(
         {"score": grouped.mean(), "low": grouped.quantile(tails), "high": grouped.quantile(1 - tails)}
     ).reset_index()

@@ -119,7 +119,9 @@ class Probe:
         scores, of = self.scores(features), pd.Series(responses).to_numpy()
         if len(of) != len(scores):
             raise ValueError(f"lengths differ: features: {len(scores)} rows, responses: {len(of)}")
-        return pd.Series(scores, name="score").groupby(pd.Series(of, name="response"), sort=False).agg(how)
+        return (
+            pd.Series(scores, name="score").groupby(pd.Series(of, name="response"), sort=False, observed=True).agg(how)
+        )
 
     def check_model(self, provenance: Mapping[str, Any]) -> None:
         """Refuse a model whose features this probe was not fitted on.

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import pandas as pd
 
+from mechmisalign._frames import plain_frame
 from mechmisalign._rendering import is_missing, read_history
 from mechmisalign.generation.rows import prompt_keys
 
@@ -28,8 +29,9 @@ def as_prompts(prompts: pd.DataFrame | Sequence[str]) -> pd.DataFrame:
     Raises:
         ValueError: If there is no prompt, one is empty, an id or a request stands twice, or a history is none.
     """
-    frame = prompts.copy() if isinstance(prompts, pd.DataFrame) else pd.DataFrame({"prompt": list(prompts)})
-    frame = frame.reset_index(drop=True)
+    frame = plain_frame(
+        prompts if isinstance(prompts, pd.DataFrame) else pd.DataFrame({"prompt": list(prompts)})
+    ).copy()
     if "prompt" not in frame.columns or frame.empty:
         raise ValueError(
             f"prompts need a column 'prompt' and at least one row; got {len(frame)} rows of {list(frame.columns)}"

@@ -120,7 +120,7 @@ def skills(judged: pd.DataFrame, solutions: Mapping[str, Solution], moved: pd.Da
         table = table.merge(told[["solution", *columns]].rename(columns=columns), on="solution", how="left")
     if moved is None:
         return table
-    for name, rows in moved.groupby("texts", sort=False):
+    for name, rows in moved.groupby("texts", sort=False, observed=True):
         columns = {f"kl{end}": f"kl_{name}{end}" for end in ("", "_low", "_high")}
         table = table.merge(rows[["solution", *columns]].rename(columns=columns), on="solution", how="left")
     return table

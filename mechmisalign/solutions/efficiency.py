@@ -51,7 +51,9 @@ class Efficiency:
 
     def lowest(self) -> pd.DataFrame:
         """The row of the curve with the lowest loss, for each solution."""
-        return self.curve.loc[self.curve.groupby("solution", sort=False)["loss"].idxmin()].reset_index(drop=True)
+        return self.curve.loc[self.curve.groupby("solution", sort=False, observed=True)["loss"].idxmin()].reset_index(
+            drop=True
+        )
 
 
 def efficiency(

@@ -108,7 +108,7 @@ def heatmaps(records: Records) -> tuple[TokenHeatmap, ...]:
             title=f"Scalar of {answer['site'].iloc[0]} over {_article(str(name))} answer",
             limit=limit,
         )
-        for name, answer in table.groupby("label", sort=False)
+        for name, answer in table.groupby("label", sort=False, observed=True)
     )
 
 
@@ -151,7 +151,7 @@ def _outcomes(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _tokens(table: pd.DataFrame) -> str:
-    counts = table.groupby("label", sort=False)["tokens"].first()
+    counts = table.groupby("label", sort=False, observed=True)["tokens"].first()
     return ", ".join(f"{name}: {count} tokens" for name, count in counts.items())
 
 

@@ -109,4 +109,8 @@ def _pooled(costs: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
     how = {"_low": "min", "_high": "max"}
     columns = [column for column in costs.columns if column not in by]
     ways = {name: next((way for end, way in how.items() if name.endswith(end)), "mean") for name in columns}
-    return costs.groupby(list(by), sort=False, as_index=False).agg(ways) if ways else costs.drop_duplicates()
+    return (
+        costs.groupby(list(by), sort=False, as_index=False, observed=True).agg(ways)
+        if ways
+        else costs.drop_duplicates()
+    )

@@ -126,7 +126,7 @@ def removed_shares(run: Run, removed: Sequence[Removal]) -> pd.DataFrame:
 
 def total_shares(removed: pd.DataFrame) -> dict[str, float]:
     """The share of the whole written update that goes with each estimator's direction."""
-    squares = (removed[["delta_norm", "left_norm"]] ** 2).groupby(removed["estimator"], sort=False).sum()
+    squares = (removed[["delta_norm", "left_norm"]] ** 2).groupby(removed["estimator"], sort=False, observed=True).sum()
     return {str(name): 1 - float(row["left_norm"] / row["delta_norm"]) for name, row in squares.iterrows()}
 
 
@@ -178,7 +178,7 @@ def headline(tables: Mapping[str, pd.DataFrame]) -> dict[str, Any]:
     """The numbers for the summary: each cure, what it costs, and what is left when it is put to the test."""
     table, back = with_costs(tables["cure"], tables["costs_cure"]).set_index("cure"), tables["cure_back"]
     told = {str(name): _told(row, (*_IN_SUMMARY, *costs.COSTS)) for name, row in table.iterrows()}
-    for (name, way), rows in back[back["way"] != AS_IS].groupby(["cure", "way"], sort=False):
+    for (name, way), rows in back[back["way"] != AS_IS].groupby(["cure", "way"], sort=False, observed=True):
         record = rows.iloc[0].rename({"rate": "value"})
         told[str(name)].setdefault("comes_back", {})[str(way)] = _values(record, "value", "low", "high")
     best = tables["cure_removed"].iloc[0]

@@ -51,7 +51,7 @@ def by_module(records: Records) -> ReportTable:
     table = records.tables["weight_deltas"]
     rows = table[table["kind"] == "matrix"]
     names = ["relative_norm", "stable_rank", *(f"share_{rank}" for rank in deltas.RANKS)]
-    means = rows.groupby("module", sort=False)[names].mean().reset_index()
+    means = rows.groupby("module", sort=False, observed=True)[names].mean().reset_index()
     for name in names:
         means[name] = [f"{value:.3g}" if name in names[:2] else percent(value) for value in means[name]]
     renamed = {"relative_norm": "‖ΔW‖ / ‖W‖", "stable_rank": "stable rank"}

@@ -59,7 +59,7 @@ def _names(compared: pd.DataFrame) -> list[str]:
 def _layers(values: pd.Series) -> str:
     """Layers in writing: "layer 3", "layers 0 to 4, 6, 7"."""
     layers = pd.Series(sorted(values.unique()))
-    runs = [list(run) for _, run in layers.groupby((layers.diff() != 1).cumsum())]
+    runs = [list(run) for _, run in layers.groupby((layers.diff() != 1).cumsum(), observed=True)]
     told = ", ".join(", ".join(map(str, run)) if len(run) < 3 else f"{run[0]} to {run[-1]}" for run in runs)
     return f"layer{'s' * (len(layers) > 1)} {told}"
 

@@ -129,7 +129,7 @@ def headline(tables: Mapping[str, pd.DataFrame]) -> dict[str, Any]:
 def _stored_replicates(run: Run, name: str, like: Direction) -> tuple[Direction, ...]:
     table = read_parquet(run.folder.path / "tables" / f"replicates_{steps.slug(name)}.parquet")
     found = []
-    for _, rows in table.groupby("replicate"):
+    for _, rows in table.groupby("replicate", observed=True):
         vectors = torch.from_numpy(np.stack(rows["vector"].to_list()))
         found.append(Direction(vectors, tuple(map(int, rows["layer"])), like.header))
     return tuple(found)

@@ -107,7 +107,7 @@ def _cosines(table: pd.DataFrame, estimator: str) -> dict[str, Any]:
     return (
         {
             str(name): {str(int(row.layer)): float(row.cosine) for row in group.itertuples()}
-            for name, group in chosen.groupby("organism")
+            for name, group in chosen.groupby("organism", observed=True)
         }
         if len(chosen)
         else {}

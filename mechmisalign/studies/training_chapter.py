@@ -101,7 +101,7 @@ def pairs_table(pairs: pd.DataFrame) -> tuple[ReportTable, ...]:
 def rates_table(rates: pd.DataFrame) -> ReportTable:
     """EM rates by step, a column for each scale."""
     told = pd.DataFrame({"step": sorted(rates["step"].unique())})
-    for scale, rows in rates.groupby("scale"):
+    for scale, rows in rates.groupby("scale", observed=True):
         by_step = rows.set_index("step")
         told[f"scale {scale:g}"] = [share(by_step.loc[step]) for step in told["step"]]
     return ReportTable(told, "EM rate at each step and scale, 95 % intervals, clustered by prompt; step 0: chat model.")
@@ -119,7 +119,7 @@ def _told_source(source: pd.Series) -> str:
 def _told_onsets(tables: Mapping[str, pd.DataFrame]) -> str:
     rates, found = tables["step_rates"], tables["transitions"].set_index("signal")
     parts = []
-    for scale, rows in rates.groupby("scale"):
+    for scale, rows in rates.groupby("scale", observed=True):
         best = rows.loc[rows["rate"].idxmax()]
         reached = _step(found.loc[f"{training.SIGNAL} {scale:g}"])
         parts.append(f"scale {scale:g} at {reached}, of {percent(best['rate'])} at step {best['step']:.0f}")

@@ -77,7 +77,7 @@ def investigate(run: Run, answers: pd.DataFrame) -> dict[str, pd.DataFrame]:
     folds = folds_of(run.plan.prompts)
     spoken = answers[answers["response"].str.strip() != ""]
     matched = steps.pool(spoken, seed).sample(frac=1, random_state=seed)  # else the chat model's come first
-    matched = matched[matched.groupby(["prompt_id", "label"]).cumcount() < _MOST_FITTED]
+    matched = matched[matched.groupby(["prompt_id", "label"], observed=True).cumcount() < _MOST_FITTED]
     spoken = spoken[spoken["sample"] < run.plan.settings.samples]
     harmless = spoken[(spoken["condition"] == "chat") & (spoken["label"] == _NEGATIVE)]
     rate = _rate(folds, matched, harmless)
@@ -106,7 +106,7 @@ def told_apart(scores: pd.DataFrame, seed: int) -> pd.DataFrame:
     by, zero = "domain" if "domain" in scores else None, dict.fromkeys(names, 0.0)
     parts = [
         discrimination(rows, names, thresholds=zero, by=by, seed=seed).assign(by=held)
-        for held, rows in scores.groupby("by", sort=False)
+        for held, rows in scores.groupby("by", sort=False, observed=True)
     ]
     return pd.concat(parts, ignore_index=True)
 
@@ -157,7 +157,7 @@ def detectors(
 def headline(tables: Mapping[str, pd.DataFrame]) -> dict[str, Any]:
     """The numbers for the summary: AUROC, hits and false alarms of each detector on what was held out."""
     overall, told = tables["watch"][tables["watch"]["group"] == "all"], {}
-    for by, rows in overall.groupby("by", sort=False):
+    for by, rows in overall.groupby("by", sort=False, observed=True):
         told[f"held_out_{by}"] = {
             str(row["detector"]): {
                 what: {"value": float(row[what]), "low": float(row[f"{what}_low"]), "high": float(row[f"{what}_high"])}

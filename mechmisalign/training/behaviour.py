@@ -250,7 +250,7 @@ def _worn(trajectory: Trajectory, step: int, scale: float) -> tuple[Intervention
 def _rates(judged: pd.DataFrame) -> pd.DataFrame:
     told = rates(judged, by=["scale", "step"]).sort_values(["scale", "step"], ignore_index=True)
     frames = []
-    for scale, rows in judged.groupby("scale"):
+    for scale, rows in judged.groupby("scale", observed=True):
         steps, sums, sizes = _counted(rows, rows["tokens"].to_numpy(float))
         mean, low, high = _means(sums, sizes, 0)
         where = {"scale": scale, "step": steps.astype(int)}
