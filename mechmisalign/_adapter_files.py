@@ -18,7 +18,9 @@ from torch import Tensor
 from . import registry
 from ._checksums import DamagedFileError, read_tensors
 from ._hub import HubError, commit_of, fetch, is_hub_id
-from ._saved_adapters import CONFIG_FILE, WEIGHTS_FILE, check_config
+from ._saved_adapters import CONFIG_FILE as CONFIG_FILE
+from ._saved_adapters import WEIGHTS_FILE as WEIGHTS_FILE
+from ._saved_adapters import check_config
 from ._wrapped_names import in_tower, unwrapped, wrapper_of
 from .adapters import Adapter, AdapterError, LoraSite
 

@@ -26,8 +26,8 @@ BLANK = "0" * 64
 MANIFEST = "checksums.json"
 """Checksums of all files of a folder."""
 
-_LONGEST_GAP = 8
-"""Bytes between name and value, at most, in any of the formats."""
+_MARK = f'"{KEY}":"'.encode()
+"""What stands before it in safetensors' header; inside of a text there the quotes are escaped."""
 _CHUNK = 1 << 20
 
 
@@ -35,9 +35,9 @@ class DamagedFileError(ValueError):
     """A file is not what was written."""
 
 
-def sealed(payload: bytes, start: int, stop: int) -> bytes:
-    """The bytes of a file with its checksum in the place of ``BLANK``, somewhere between start and stop."""
-    place = payload.index(BLANK.encode(), payload.index(KEY.encode(), start, stop), stop)
+def sealed(payload: bytes, mark: bytes, start: int, stop: int) -> bytes:
+    """The bytes of a file with its checksum in the place of ``BLANK``, after the last mark between start and stop."""
+    place = payload.rindex(mark + BLANK.encode(), start, stop) + len(mark)
     digest = hashlib.sha256(payload).hexdigest().encode()
     return payload[:place] + digest + payload[place + len(digest) :]
 
@@ -54,7 +54,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     text += b" " * (-len(text) % 8)
     payload = len(text).to_bytes(8, "little") + text + plain[8 + length :]
     with whole(path) as partial:
-        partial.write_bytes(sealed(payload, 8, 8 + len(text)))
+        partial.write_bytes(sealed(payload, _MARK, 8, 8 + len(text)))
 
 
 def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
@@ -84,26 +84,25 @@ def check_tensors(path: Path) -> None:
     with path.open("rb") as file:
         head = file.read(8)
         length = min(int.from_bytes(head, "little"), path.stat().st_size)
-        compare(path, head + file.read(length), 0)
+        compare(path, _MARK, head + file.read(length), 0)
 
 
-def compare(path: Path, part: bytes, offset: int) -> None:
+def compare(path: Path, mark: bytes, part: bytes, offset: int) -> None:
     """Compare a file with the checksum that stands in one part of it, if there is one.
 
     Args:
         path: The file.
+        mark: What stands before the checksum in this format.
         part: The bytes of its metadata.
         offset: Where these begin.
 
     Raises:
         DamagedFileError: If they differ.
     """
-    names = [found.start() for found in re.finditer(re.escape(KEY.encode()), part)]
-    if not names and not _nearly(part):
+    places = [found.end() for found in re.finditer(re.escape(mark), part)]
+    if not places and not _nearly(part, mark):
         return
-    gaps = [name + len(KEY) + gap for name in names for gap in range(_LONGEST_GAP + 1)]
-    places = [place for place in gaps if _is_digest(part[place : place + len(BLANK)])]
-    if not any(_digest_without(path, offset + place) == part[place : place + len(BLANK)].decode() for place in places):
+    if not any(_digest_without(path, offset + place) == part[place : place + len(BLANK)] for place in places):
         raise DamagedFileError(
             f"{path} is damaged: its bytes are not those that were written (its checksum differs); copy it again from "
             "where it came, or make it anew"
@@ -141,29 +140,25 @@ def damage(folder: Path) -> str | None:
     return None
 
 
-def _digest_without(path: Path, place: int) -> str:
+def _digest_without(path: Path, place: int) -> bytes:
     """SHA-256 of a file whose checksum, at this place, counts as zeros."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
-        for start, length in ((0, place), (place + len(BLANK), None)):
-            file.seek(start)
-            left = path.stat().st_size if length is None else length
-            while left and (chunk := file.read(min(left, _CHUNK))):
-                digest.update(chunk)
-                left -= len(chunk)
-            if length is not None:
-                digest.update(BLANK.encode())
-    return digest.hexdigest()
+        left = place
+        while left and (chunk := file.read(min(left, _CHUNK))):
+            digest.update(chunk)
+            left -= len(chunk)
+        file.seek(place + len(BLANK))
+        digest.update(BLANK.encode())
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest().encode()
 
 
-def _is_digest(text: bytes) -> bool:
-    return len(text) == len(BLANK) and all(byte in b"0123456789abcdef" for byte in text)
-
-
-def _nearly(part: bytes) -> bool:
-    """Whether the checksum's name stands there with one damaged byte: one of its halves is whole then."""
-    key, half = KEY.encode(), len(KEY) // 2
-    starts = [found.start() for found in re.finditer(re.escape(key[:half]), part)]
-    starts += [found.start() - half for found in re.finditer(re.escape(key[half:]), part)]
-    near = [part[start : start + len(key)] for start in starts if start >= 0]
-    return any(sum(a != b for a, b in zip(each, key, strict=False)) == 1 for each in near)
+def _nearly(part: bytes, mark: bytes) -> bool:
+    """Whether the mark stands there with one damaged byte: one of its halves is whole then."""
+    half = len(mark) // 2
+    starts = [found.start() for found in re.finditer(re.escape(mark[:half]), part)]
+    starts += [found.start() - half for found in re.finditer(re.escape(mark[half:]), part)]
+    near = [part[start : start + len(mark)] for start in starts if start >= 0]
+    return any(sum(a != b for a, b in zip(each, mark, strict=False)) == 1 for each in near)

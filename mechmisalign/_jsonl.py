@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from io import IOBase
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -56,7 +56,7 @@ def numbered(lines: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
             yield number, text
 
 
-def bounded(file: IOBase) -> Iterator[bytes]:
+def bounded(file: IOBase | BinaryIO) -> Iterator[bytes]:
     """The lines of a file that is open in binary; of one that is too long no more than shows that it is."""
     while line := file.readline(LONGEST_LINE + 1):
         yield line

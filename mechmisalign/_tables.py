@@ -22,6 +22,8 @@ TEXTS = ("prompt", "response", "prompt_id", "question_id", "variant", "condition
 _PLAIN = re.compile(r"[^\s,\"\x00-\x1f](?:[^,\"\x00-\x1f]*[^\s,\"\x00-\x1f])?")
 """Text that needs no quotes in a CSV."""
 _MAGIC = b"PAR1"
+_MARK = KEY.encode() + b"\x18\x40"
+"""What stands before the checksum in parquet's footer: its name, and a text of 64 bytes."""
 _FOOTER = 8
 """Bytes at the end of a parquet file: the footer's length and the magic."""
 
@@ -46,7 +48,7 @@ def parquet_bytes(frame: pd.DataFrame, *, index: bool | None = None) -> bytes:
         writer.add_key_value_metadata({KEY: BLANK})
     payload = sink.getvalue().to_pybytes()
     start = len(payload) - _FOOTER - int.from_bytes(payload[-_FOOTER:-4], "little")
-    return sealed(payload, start, len(payload))
+    return sealed(payload, _MARK, start, len(payload))
 
 
 def read_parquet(path: str | Path, columns: Sequence[str] | None = None) -> pd.DataFrame:
@@ -158,7 +160,7 @@ def _check_parquet(path: Path) -> None:
         if len(end) < _FOOTER or end[4:] != _MAGIC or start < 4:
             raise DamagedFileError(f"{path} is no parquet file, or is torn; copy it again, or make it anew")
         file.seek(start)
-        compare(path, file.read(), start)
+        compare(path, _MARK, file.read(), start)
 
 
 def _csv_texts(path: Path, names: Sequence[str]) -> dict[str, list[str | None]]:

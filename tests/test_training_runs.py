@@ -1,6 +1,7 @@
 """Fine-tunes against PEFT, torch and the Hugging Face forward: losses, KL, edits, checkpoints, resuming."""
 
 import json
+import os
 import random
 from contextlib import nullcontext
 
@@ -407,3 +408,48 @@ def test_blocks_are_found_under_an_adapter_and_refused_elsewhere(base):
         blocks(torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match=r"layers \[7\] asked for; the model has layers 0 to 2"), block_hooks(model, {7: lambda resid: resid}):  # fmt: skip
         pass
+
+
+@pytest.mark.parametrize(
+    ("spoilt", "going_on"),
+    [(("optimizer.pt",), "checkpoint-4"), (("checksums.json",), "checkpoint-4"), (None, "the beginning")],
+)
+def test_a_run_goes_on_from_its_last_whole_checkpoint_and_says_so(spoilt, going_on, base, tmp_path, caplog):
+    spec = spec_of(base, save_every=2, schedule={**SCHEDULE, "steps": 8})
+    whole = mm.train(spec, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        mm.train(spec, tmp_path / "died", callbacks=[StopAfter(7)])
+    able = {path.parent.name for path in (tmp_path / "died").glob("checkpoint-*/optimizer.pt")}
+    assert able == {"checkpoint-4", "checkpoint-6"}
+    for checkpoint in ["checkpoint-6"] if spoilt else sorted(able):
+        for name in spoilt or ("adapter_model.safetensors",):
+            spoil(tmp_path / "died" / checkpoint / name)
+    resumed = mm.train(spec, tmp_path / "died")
+    assert "checkpoint-6 (" in caplog.text and f"training goes on from {going_on}" in caplog.text
+    assert equal(weights(resumed), weights(whole))
+
+
+def spoil(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def test_two_processes_do_not_train_into_one_folder(base, tmp_path):
+    from mechmisalign.store import FolderBusyError, claim
+
+    class Rival(TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            process = os.fork()
+            if process == 0:
+                try:
+                    claim(tmp_path / "run")
+                except FolderBusyError:
+                    os._exit(7)
+                os._exit(0)
+            codes.append(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]))
+
+    codes: list[int] = []
+    run = mm.train(spec_of(base), tmp_path / "run", callbacks=[Rival()])
+    assert codes == [7] * 4
+    assert not (run.folder / ".lock").exists()

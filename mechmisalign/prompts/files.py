@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -158,7 +158,7 @@ def _without_empty(frame: pd.DataFrame) -> pd.DataFrame:
     return frame.drop(columns=empty, errors="ignore")
 
 
-_READERS = {
+_READERS: dict[str, Callable[[Path], pd.DataFrame]] = {
     ".yaml": _read_yaml,
     ".yml": _read_yaml,
     ".jsonl": _read_jsonl,
