@@ -120,7 +120,7 @@ def read_csv(path: Path) -> pd.DataFrame:
         ValueError: If it is none.
     """
     try:
-        others = pd.read_csv(path, encoding="utf-8-sig", low_memory=False)
+        others = pd.read_csv(path, encoding="utf-8-sig", low_memory=False, float_precision="round_trip")
         texts = [name for name in others.columns if name in TEXTS]
         read = _csv_texts(path, texts) if texts else {}
         frame = others.assign(**{name: pd.Series(read[name], index=others.index, dtype=object) for name in texts})

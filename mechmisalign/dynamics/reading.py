@@ -75,7 +75,7 @@ def load(
 def read_log(root: Path | None, folders: Sequence[Path]) -> pd.DataFrame | None:
     """The log of ``mm.train``, or the history of the Trainer; None if there is neither."""
     if root is not None and (root / LOG_FILE).exists():
-        return pd.read_csv(root / LOG_FILE)
+        return pd.read_csv(root / LOG_FILE, float_precision="round_trip")
     places = [*([root] if root is not None else []), *reversed(folders)]
     state = next((place / STATE_FILE for place in places if (place / STATE_FILE).exists()), None)
     if state is None:

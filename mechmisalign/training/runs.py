@@ -76,7 +76,7 @@ class TrainedRun:
         """
         if not (self.folder / LOG_FILE).exists():
             return pd.DataFrame(columns=list(COLUMNS))
-        return pd.read_csv(self.folder / LOG_FILE)
+        return pd.read_csv(self.folder / LOG_FILE, float_precision="round_trip")
 
     @property
     def last_step(self) -> int:
