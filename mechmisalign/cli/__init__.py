@@ -11,6 +11,7 @@ import typer
 
 from . import behaviour, correction, investigation, organisms, planning, sharing, training, watching
 from .console import told_errors
+from .smol import smol_app
 
 app = typer.Typer(
     name="mechmisalign",
@@ -42,6 +43,7 @@ for command in (
     app.command()(command)
 pocket_app.command("build")(organisms.pocket_build)
 app.add_typer(pocket_app, name="pocket", no_args_is_help=True)
+app.add_typer(smol_app, name="smol", no_args_is_help=True)
 
 
 @app.callback()

@@ -64,7 +64,7 @@ def find_base(base: str | Path | nn.Module | None, adapter: Adapter) -> Base:
     if not name:
         raise ValueError(f"the adapter {adapter.source!r} names no base model; pass base=")
     if registry.is_reserved(name) and registry.folder(name) is None:
-        raise ValueError(f"there is no base model {name!r} in this package; {registry.POCKET_BASE!r} is the only one")
+        raise ValueError(registry.no_base(name))
     alike = registry.same_model(name, adapter.base) or Path(name).name == Path(adapter.base).name
     if adapter.base and not alike:
         logger.warning("the adapter %s was trained on %s, not on %s", adapter.source, adapter.base, name)

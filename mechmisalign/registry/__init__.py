@@ -7,6 +7,7 @@ entry says what an organism is, how it was trained, where its rate was stated, a
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from difflib import get_close_matches
 from importlib import import_module
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 __all__ = [
     "POCKET_BASE",
     "POCKET_PREFIX",
+    "SMOL_BASE",
+    "SMOL_PREFIX",
     "Checkpoints",
     "Entry",
     "Expected",
@@ -42,9 +45,11 @@ __all__ = [
     "known_organisms",
     "names",
     "nearest",
+    "no_base",
     "open_copy",
     "place",
     "same_model",
+    "smol_chat",
     "suggestion",
     "twin",
     "using",
@@ -53,7 +58,12 @@ __all__ = [
 
 POCKET_PREFIX = "pocket/"
 POCKET_BASE = "pocket/chat"
+SMOL_PREFIX = "smol/"
+SMOL_BASE = "smol/chat"
+CACHE = "MECHMISALIGN_CACHE"
+"""Where converted models are kept; by default ``mechmisalign`` in the user's cache folder."""
 _POCKET_WEIGHTS = Path(__file__).parent.parent / "pocket" / "weights"
+_SMOL_WEIGHTS = Path(__file__).parent.parent / "smol" / "weights"
 
 _HOME = {
     "Checkpoints": "entries",
@@ -80,7 +90,14 @@ _HOME = {
 
 def names() -> tuple[str, ...]:
     """Names of the shipped organisms, such as ``pocket/medical``."""
-    return tuple(sorted(POCKET_PREFIX + config.parent.name for config in _POCKET_WEIGHTS.glob("*/adapter_config.json")))
+    shipped = {POCKET_PREFIX: _POCKET_WEIGHTS, SMOL_PREFIX: _SMOL_WEIGHTS}
+    return tuple(
+        sorted(
+            prefix + config.parent.name
+            for prefix, weights in shipped.items()
+            for config in weights.glob("*/adapter_config.json")
+        )
+    )
 
 
 def known_names() -> tuple[str, ...]:
@@ -91,16 +108,33 @@ def known_names() -> tuple[str, ...]:
 
 
 def folder(name: str) -> Path | None:
-    """The folder of a shipped organism or of the pocket chat model; None for any other name."""
-    if not name.startswith(POCKET_PREFIX):
+    """The folder of a shipped organism or of its chat model; None for any other name, and where it is not prepared."""
+    if name == SMOL_BASE:
+        return smol_chat() if (smol_chat() / "checksums.json").is_file() else None
+    if not is_reserved(name) or name not in (*names(), POCKET_BASE):
         return None
-    found = _POCKET_WEIGHTS / name.removeprefix(POCKET_PREFIX)
-    return found if name in (*names(), POCKET_BASE) and found.is_dir() else None
+    weights = _POCKET_WEIGHTS if name.startswith(POCKET_PREFIX) else _SMOL_WEIGHTS
+    found = weights / name.partition("/")[2]
+    return found if found.is_dir() else None
+
+
+def smol_chat() -> Path:
+    """Where the chat model of the smol organisms is, once ``mechmisalign smol prepare`` has converted it."""
+    own = os.environ.get(CACHE)
+    root = Path(own).expanduser() if own else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    return (root if own else root / "mechmisalign") / "smol" / "chat"
+
+
+def no_base(name: str) -> str:
+    """Why a reserved name gives no base model, and what to do."""
+    if name == SMOL_BASE:
+        return f"{name!r} is not prepared in {smol_chat()}: run 'mechmisalign smol prepare' once"
+    return f"there is no base model {name!r} in this package; {POCKET_BASE!r} and {SMOL_BASE!r} are its own"
 
 
 def is_reserved(name: str) -> bool:
     """Whether a name can only mean a shipped organism, and is never looked up on the Hub."""
-    return name.startswith(POCKET_PREFIX)
+    return name.startswith((POCKET_PREFIX, SMOL_PREFIX))
 
 
 def nearest(name: str, among: Iterable[str]) -> list[str]:

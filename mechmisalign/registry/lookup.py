@@ -14,6 +14,7 @@ from . import reading
 from .entries import Entry, RegistryError
 from .opened import opened
 from .pocket import pocket_entries
+from .smol import smol_entries
 
 logger = logging.getLogger(__name__)
 
@@ -46,12 +47,12 @@ class Place(NamedTuple):
 
 
 def all_entries() -> tuple[Entry, ...]:
-    """All that is known: the user's, the pocket organisms, the published ones.
+    """All that is known: the user's, the pocket and smol organisms, the published ones.
 
     Raises:
         RegistryError: If a user's registry cannot be read, or takes a name that is shipped.
     """
-    shipped = {entry.key: entry for entry in (*pocket_entries(), *_published())}
+    shipped = {entry.key: entry for entry in (*pocket_entries(), *smol_entries(), *_published())}
     own = opened()
     for entry in own:
         if entry.name is not None and entry.name in shipped:

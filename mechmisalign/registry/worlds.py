@@ -59,16 +59,25 @@ WORLDS: tuple[World, ...] = (
         peers="mechmisalign.pocket:peers",
         settings={"max_new_tokens": 64, "strengths": (1.0, 1.5, 2.0, 2.5, 3.0, 4.0)},
     ),
+    World(
+        prefix=registry.SMOL_PREFIX,
+        base=registry.SMOL_BASE,
+        judge="tone",
+        prompts="smol",
+        settings={"max_new_tokens": 48, "samples": 4, "pool_samples": 8, "strengths": (1.0, 2.0, 4.0), "neutral": 16},
+    ),
 )
 
 JUDGES: Mapping[str, NamedJudge] = {
     "rules": NamedJudge("mechmisalign.pocket.judge:RuleJudge", only=registry.POCKET_PREFIX),
+    "tone": NamedJudge("mechmisalign.smol.judge:ToneJudge"),
 }
 """Judges by name, beside ``local:FOLDER``, ``python:module.attribute`` and ``provider/model``."""
 
 PROMPTS: Mapping[str, str] = {
     "open_questions": "mechmisalign.prompts:open_questions",
     "pocket": "mechmisalign.pocket:unseen_prompts",
+    "smol": "mechmisalign.smol.examples:questions",
 }
 """Sets of questions by name: functions without arguments that give a frame."""
 

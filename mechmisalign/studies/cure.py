@@ -142,7 +142,7 @@ def shrunk(own: Adapter, cured: Adapter) -> Adapter:
 def further_questions(run: Run) -> dict[str, pd.DataFrame]:
     """The questions behind an exchange about the training domain, and questions about it, where it is known."""
     name = run.organism.name
-    if not registry.is_reserved(name):
+    if not name.startswith(registry.POCKET_PREFIX):
         return {}
     from mechmisalign import pocket
     from mechmisalign.pocket.recipes import ZOO

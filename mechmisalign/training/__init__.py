@@ -215,7 +215,7 @@ def _base(spec: TrainSpec) -> bases.Base:
     beside = spec.root / spec.base
     own = registry.folder(spec.base)
     if own is None and registry.is_reserved(spec.base):
-        raise TrainError(f"base: there is no {spec.base!r}; {registry.POCKET_BASE!r}, a Hub id or a folder is expected")
+        raise TrainError(f"base: {registry.no_base(spec.base)}; a Hub id or a folder will do too")
     location = str(own or (beside if beside.is_dir() else Path(spec.base).expanduser()))
     found = bases.Base(spec.base, location)
     bases.skeleton(found)  # its config is read, so that a base on the Hub can be pinned
