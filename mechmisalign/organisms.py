@@ -24,6 +24,7 @@ from .loading import (
     AdapterMismatchError,
     Base,
     BaseMatrices,
+    alone,
     bases,
     fitting,
     full_models,
@@ -62,11 +63,11 @@ class Organism:
 
     Attributes:
         model: The TransformerLens model.
-        adapter: The adapter as read; None for a full fine-tune.
+        adapter: The adapter as read; None for a full fine-tune and for a chat model alone.
         tokenizer: The chat model's tokenizer, as it was loaded (``model.tokenizer`` is TransformerLens's changed copy).
         name: What the organism was loaded as.
         base: Name and revision of the chat model.
-        weights: ``"merged"``, ``"live"``, or ``"full"`` for a full fine-tune.
+        weights: ``"merged"``, ``"live"``, ``"full"`` for a full fine-tune, ``"base"`` for a chat model alone.
         engine: ``"bridge"`` or ``"hooked"``.
         base_fingerprint: Identifies the base whatever it is called; see ``fingerprint``.
         applied: The interventions of the ``apply`` blocks that are open now.
@@ -78,7 +79,7 @@ class Organism:
     tokenizer: Any
     name: str
     base: Base
-    weights: Literal["merged", "live", "full"]
+    weights: Literal["merged", "live", "full", "base"]
     engine: models.Engine
     base_fingerprint: str
     _matrices: BaseMatrices | None = field(repr=False)
@@ -153,17 +154,17 @@ class Organism:
         if self.is_base:
             raise RuntimeError("inside as_base() no update is stored; call fidelity() outside the block")
         if self.adapter is None:
-            raise full_models.nothing_merged(self)
+            raise full_models.nothing_merged(self) if self.full else alone.without_adapter(self, "fidelity()")
         return merging.fidelity(self.model, self.adapter, self._matrices)
 
     def require_adapter(self, purpose: str) -> Adapter:
         """The adapter, for something that needs one (``purpose`` says what, for the message).
 
         Raises:
-            NoAdapterError: If this is a full fine-tune.
+            NoAdapterError: If this is a full fine-tune, or a chat model alone.
         """
         if self.adapter is None:
-            raise full_models.without_adapter(self, purpose)
+            raise (full_models if self.full else alone).without_adapter(self, purpose)
         return self.adapter
 
     @property
@@ -196,6 +197,8 @@ class Organism:
     def _without_adapter(self) -> AbstractContextManager[None]:
         if self._matrices is not None and self.adapter is not None:
             return merging.without_merge(self.model, self.adapter, self._matrices)
+        if self.weights == "base":
+            return nullcontext()
         disabled: AbstractContextManager[None] = self._peft_model.disable_adapter()
         return disabled
 
@@ -225,7 +228,8 @@ def load_organism(
         adapter: A name in a registry (``"pocket/medical"``, ``"qwen14b-r1-333-medical"``; see ``known_organisms``), a
             Hub id, a local folder, an ``Adapter`` (its sites are then the truth, whatever its config says), or a
             ``PeftModel`` in memory. Or a full fine-tune: a folder or Hub id of a whole model (``mm.train`` with method
-            "full", ``save_model``), or one in memory with ``base``.
+            "full", ``save_model``), or one in memory with ``base``. Or a chat model alone, for all that needs no
+            fine-tune: a folder or Hub id whose files name no base (a warning says so), or that is its own ``base``.
         base: The chat model: by default the one that the adapter's config names, or, where that is a mirror's or a
             4-bit copy, the 16-bit model of its maker (a warning says so). A Hub id, a folder, or a Hugging Face model
             in memory. That of a full fine-tune is taken from its run or its card where that is certain.
@@ -255,6 +259,10 @@ def load_organism(
         >>> organism = load_organism("pocket/medical")  # doctest: +SKIP
         >>> with organism.as_base(): ...  # doctest: +SKIP
     """
+    if chat := alone.find(adapter, base, subfolder, revision, local_files_only):
+        full_models.check_options(weights, "bridge", quantization_config)
+        placed = {"dtype": dtype, "device": device, "device_map": device_map}
+        return alone.load(bases.at_revision(chat, base_revision), tokenizer=tokenizer, engine=engine, placed=placed)
     if whole := full_models.find(adapter, base, subfolder, revision, local_files_only):
         full_models.check_options(weights, engine, quantization_config)
         found = bases.at_revision(whole[1], base_revision)

@@ -96,7 +96,7 @@ def find(
     if isinstance(given, nn.Module):
         return None if hasattr(given, "peft_config") or base is None else _in_memory(given, base)
     place = registry.place(given, subfolder, revision)
-    folder = _folder(place, local_files_only)
+    folder = local_folder(place, local_files_only)
     if folder is None or (folder / ADAPTER_CONFIG).exists() or not (folder / CONFIG).exists():
         return None
     asked = base
@@ -222,7 +222,7 @@ def without_adapter(organism: Organism, purpose: str) -> NoAdapterError:
     )
 
 
-def _folder(place: registry.Place, local_files_only: bool) -> Path | None:
+def local_folder(place: registry.Place, local_files_only: bool) -> Path | None:
     """The folder of a name: its own, or in the Hub's cache with the configs alone; None if there is none."""
     root = registry.folder(place.name) or Path(place.name).expanduser()
     if not root.is_dir():

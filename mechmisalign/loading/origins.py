@@ -20,6 +20,10 @@ _CARD = "README.md"
 _OTHER_RELATIONS = ("quantized", "merge", "adapter")
 
 
+class NoOriginError(ValueError):
+    """A full model whose files name nothing that it was tuned from."""
+
+
 class Origin(NamedTuple):
     """A base, and who says so.
 
@@ -42,7 +46,7 @@ def origin(name: str, folder: Path, entry: registry.Place) -> Origin:
     from, and that may be a step in between.
 
     Raises:
-        ValueError: If nothing tells it for certain.
+        ValueError: If nothing tells it for certain (``NoOriginError`` if nothing speaks of one).
     """
     if entry.base is not None or (entry.entry is not None and entry.entry.base is not None):
         return Origin(entry.base or str(entry.entry and entry.entry.base), None, "the registry")
@@ -60,7 +64,8 @@ def origin(name: str, folder: Path, entry: registry.Place) -> Origin:
     told = (
         f"its files name {', '.join(map(repr, named))}, which is not certain" if named else "its files do not tell it"
     )
-    raise ValueError(
+    unreadable = (folder / _CARD).exists() and not card and "base_model" in _card_text(folder)
+    raise (ValueError if named or unreadable else NoOriginError)(
         f"{name!r} is a full model; what chat model was it tuned from? {told}: pass base=, that chat model (a folder "
         "or a Hub id)"
     )
@@ -92,10 +97,7 @@ def _run(folder: Path) -> Origin | None:
 
 def _card(folder: Path) -> list[str]:
     """The bases that a card's front matter names; none for a quantised model, a merge or an adapter."""
-    try:
-        text = (folder / _CARD).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        return []
+    text = _card_text(folder)
     parts = text.split("---", 2)
     if len(parts) < 3 or parts[0].strip():
         return []
@@ -107,6 +109,13 @@ def _card(folder: Path) -> list[str]:
         return []
     told = front.get("base_model") or []
     return [str(each) for each in (told if isinstance(told, list) else [told])]
+
+
+def _card_text(folder: Path) -> str:
+    try:
+        return (folder / _CARD).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return ""
 
 
 def _is_known(name: str, config: dict[str, Any]) -> bool:

@@ -43,6 +43,8 @@ def subject_of(organism: Organism | str | Path, base: str | Path | None = None) 
         ValueError: If the adapter or its base cannot be read.
     """
     if isinstance(organism, Organism):
+        if organism.adapter is None and organism.full is None:
+            organism.require_adapter("a study")
         sites = len(organism.adapter.sites) if organism.adapter else 0
         n_layers = models.n_layers(organism.model)
         return Subject(organism.name, organism.base.name, organism.base.location, n_layers, sites)

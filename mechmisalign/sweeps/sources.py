@@ -54,7 +54,7 @@ class OrganismSource(_Source):
     @classmethod
     def _named(cls, value: Any) -> Any:
         if isinstance(value, Organism):
-            weights = "merged" if value.weights == "full" else value.weights
+            weights = "merged" if value.adapter is None else value.weights
             value = {"loaded": value, "adapter": value.name, "weights": weights}
         if isinstance(value, str | Path):
             value = {"adapter": str(value)}
