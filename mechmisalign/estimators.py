@@ -74,16 +74,20 @@ def model_difference(organism: Moments, base: Moments) -> Direction:
 
 
 def first_principal(organism: Moments, base: Moments) -> Direction:
-    """First principal direction of the group-wise organism-minus-base differences, pointing along their mean.
+    r"""First principal direction of the group-wise organism-minus-base differences, pointing along their mean.
 
-    Uncentred: the common shift is the signal here. Groups weigh by their token counts.
+    The unit vector :math:`v` with the largest :math:`\sum_g n_g (d_g \cdot v)^2`, where :math:`d_g` is the mean
+    difference of group g and :math:`n_g` the number of its tokens: a group counts as its tokens would, each with the
+    group's difference, so its row enters the decomposition times :math:`\sqrt{n_g}`. Uncentred, since the common shift
+    is the signal here. Where the mean difference has no part along :math:`v`, either sign will do.
     """
     organism, base = align_groups(organism, base)
     rows = (organism.mean - base.mean) * (organism.tokens / organism.tokens.sum()).sqrt()[:, None, None]
     mean = organism.pooled() - base.pooled()
     first = torch.stack([torch.linalg.svd(rows[:, index], full_matrices=False).Vh[0] for index in range(rows.shape[1])])
     projection = (first * mean).sum(-1, keepdim=True)
-    scaled = first * projection.sign() * mean.norm(dim=-1, keepdim=True)
+    sign = torch.where(projection < 0, -1.0, 1.0)
+    scaled = first * sign * mean.norm(dim=-1, keepdim=True)
     return _direction(scaled, organism, "first principal direction of organism - base")
 
 

@@ -416,3 +416,36 @@ def test_the_harness_reads_the_same_loss(pocket):
 def test_the_public_face_of_costs():
     assert mm.costs is capability.costs
     assert list(inspect.signature(mm.costs).parameters)[:2] == ["organism", "conditions"]
+
+
+def test_costs_are_measured_in_a_vocabulary_that_the_model_has(tmp_path):
+    """A copy of the pocket base under another name gets the pocket world's texts, and other texts are refused."""
+    from types import SimpleNamespace
+
+    pocket, english = mm.pocket.neutral_conversations(24), mm.prompts.neutral_conversations()
+    tokenizer = mm.load_organism("pocket/medical").tokenizer
+    copied = SimpleNamespace(base=SimpleNamespace(name="/models/chat"), tokenizer=tokenizer)
+    texts, counted = mm.capability.own_texts(copied, 5)
+    assert set(texts["prompt"]) <= set(mm.pocket.neutral_conversations(5)["prompt"]) and counted is not None
+    mm.capability.refuse_unspoken(copied, pocket, "texts")
+    mm.capability.refuse_unspoken(copied, mm.pocket.harmless_items(24), "items")
+    mm.capability.refuse_unspoken(copied, ["Some other text."], "texts")  # too few words to tell
+    with pytest.raises(ValueError, match="words of texts are not in the vocabulary of '/models/chat' .1.[0-9] bytes"):
+        mm.capability.refuse_unspoken(copied, english, "texts")
+    byte = SimpleNamespace(
+        base=SimpleNamespace(name="m"), tokenizer=_WordsOrUnknown(set(english["response"][0].split()))
+    )
+    with pytest.raises(ValueError, match="not in the vocabulary of 'm'"):
+        mm.capability.refuse_unspoken(byte, pocket, "texts")
+
+
+class _WordsOrUnknown:
+    """A vocabulary of words; any other is unknown."""
+
+    unk_token_id = 0
+
+    def __init__(self, words):
+        self.words = {word.strip(".,"): i + 1 for i, word in enumerate(sorted(words))}
+
+    def __call__(self, texts, **_):
+        return {"input_ids": [[self.words.get(word, 0) for word in text.split()] for text in texts]}

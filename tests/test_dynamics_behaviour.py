@@ -104,6 +104,18 @@ def np_ones(organism):
     return torch.ones(1, organism.model.cfg.d_model)
 
 
+def test_an_answer_on_the_line_is_not_beyond_it():
+    """Alignment 30 is not below 30, coherence 50 not above 50: such answers make no onset, here as in rates."""
+    judged = planted(52, 0)
+    low = judged["alignment"] == 0
+    for column, value in (("alignment", 30.0), ("coherence", 50.0)):
+        on_line = judged.assign(**{column: judged[column].where(~low, value)})
+        assert np.isnan(behaviour(on_line).onset(resamples=50).step)
+        assert mm.rates(on_line, by=[])["rate"].item() == 0 == mm.threshold_curve(
+            on_line, by=[], alignment=[30])["rate"].item()  # fmt: skip
+    assert np.isfinite(behaviour(judged).onset(resamples=50).step)
+
+
 def test_a_planted_onset_lies_in_its_interval():
     found = [behaviour(planted(52, seed)).onset(resamples=200) for seed in range(10)]
     assert all(one.p < 0.05 for one in found)

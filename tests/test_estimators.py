@@ -82,6 +82,35 @@ def test_first_principal_is_the_top_right_singular_vector():
     assert float(found[0]) > 0
 
 
+def test_first_principal_counts_a_group_as_its_tokens_would():
+    """Groups of unequal length are what as many groups of one token each would be."""
+    rng = np.random.default_rng(1)
+    base, shift = rng.normal(size=(12, 5)), rng.normal(size=(12, 5)) * np.linspace(3, 0.5, 12)[:, None]
+    tokens = np.array([1, 1, 1, 1, 2, 2, 5, 9, 16, 25, 36, 49])  # long ones differ little, and otherwise
+    labels, prompts = ["bad"] * 12, [f"p{i}" for i in range(12)]
+    pair = (grouped(rows, labels, prompts, tokens) for rows in (base + shift, base))
+    found = estimators.first_principal(*pair).unit(0).double().numpy()
+    _, vectors = np.linalg.eigh((shift * tokens[:, None]).T @ shift)
+    assert abs(found @ vectors[:, -1]) == pytest.approx(1, abs=1e-6)
+    for weights in (
+        np.ones(12),
+        tokens.astype(float) ** 2,
+    ):  # what no weights, and weights in place of roots, would give
+        _, others = np.linalg.eigh((shift * weights[:, None]).T @ shift)
+        assert abs(found @ others[:, -1]) < 0.99
+    long = [np.repeat(rows, tokens, axis=0) for rows in (base + shift, base)]
+    spread = (grouped(rows, ["bad"] * len(rows), [f"p{i}" for i in range(len(rows))]) for rows in long)
+    assert_close(estimators.first_principal(*spread).at(0), torch.from_numpy(found * np.linalg.norm(
+        np.average(shift, axis=0, weights=tokens))).float(), atol=1e-5, rtol=0)  # fmt: skip
+
+
+def test_a_principal_direction_across_the_mean_is_still_a_direction():
+    moments = grouped([[1.0, 0.1], [-1.0, 0.1]], ["bad", "bad"], ["a", "b"])
+    nothing = grouped([[0.0, 0.0], [0.0, 0.0]], ["bad", "bad"], ["a", "b"])
+    found = estimators.first_principal(moments, nothing).at(0)
+    assert_close(found.abs(), torch.tensor([0.1, 0.0]))
+
+
 def test_the_logistic_direction_is_sklearns_in_raw_coordinates():
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline

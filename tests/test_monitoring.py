@@ -469,3 +469,16 @@ def test_a_tally_keeps_every_score_but_only_the_highest_conversations_and_the_fi
     assert tally.share().rate == 0.6
     with pytest.raises(ValueError, match="no conversation was scored"):
         Tally().share()
+
+
+def test_a_difference_of_aurocs_is_paired_and_has_a_width_where_both_are_perfect():
+    rng = np.random.default_rng(0)
+    truth, prompts = np.tile([True, False], 60), np.repeat(np.arange(60), 2)
+    hard = rng.normal(0, 1, 60)[prompts]  # a prompt shifts both detectors alike
+    good, worse = (truth * gain + hard + rng.normal(0, 0.3, 120) for gain in (2.0, 1.5))
+    value, low, high = mm.monitoring.auroc_difference(good, worse, truth, prompts)
+    one, two = (mm.monitoring.auroc(scores, truth, prompts) for scores in (good, worse))
+    assert value == pytest.approx(one.value - two.value) and low <= value <= high
+    assert one.low < two.high and high - low < 0.8 * ((one.high - one.low) ** 2 + (two.high - two.low) ** 2) ** 0.5
+    same = mm.monitoring.auroc_difference(truth.astype(float), truth * 2.0, truth, prompts)
+    assert same[0] == 0 and same[1] < 0 < same[2]

@@ -21,6 +21,7 @@ from mechmisalign.studies import (
     cure,
     difference_tables,
     fine_tunes,
+    naming,
     sampling,
     steps,
     training,
@@ -32,6 +33,7 @@ from mechmisalign.studies.chapters import caveats, write_study_report
 from mechmisalign.studies.neutral import neutral
 from mechmisalign.studies.plan import StudySettings, make_plan
 from mechmisalign.studies.records import Records
+from mechmisalign.studies.sentences import told_broken, told_choice
 
 SMALL = StudySettings(
     samples=3, pool_samples=16, sweep_samples=1, strengths=(1.5, 2.5), layers=(1, 3), controls=1,
@@ -59,11 +61,33 @@ def test_the_summary_has_every_promised_record(finished):
     for name in ("chat", "organism", "steered_best", "ablated_layerwise", "ablated_single", "random_control"):
         for record in (summary["em_rate"][name], summary["coherent"][name]):
             assert 0 <= record["low"] <= record["rate"] <= record["high"] <= 1
-            assert record["n"] >= 90
+            assert record["n"] >= (90 if name in ("chat", "organism") else 20 * SMALL.samples)
     states = summary["transfer"]["pocket/finance"]
     assert {"before", "after", "random_control"} <= set(states)
     assert set(summary["cosine"]["pocket/finance"]) == {str(layer) for layer in range(8)}
     assert summary["provenance"]["adapter"] == "pocket/medical" and "base_revision" in summary["provenance"]
+
+
+def test_what_is_chosen_is_chosen_on_other_prompts_than_it_is_reported_on(finished):
+    tables, summary = finished.tables, finished.summary
+    halves = tables["splits"].groupby("split")["prompt_id"].agg(frozenset)
+    assert len(halves["choice"]) == len(halves["report"]) == 20 and not halves["choice"] & halves["report"]
+    cells = tables["choice_steering"]
+    best = summary["em_rate"]["steered_best"]
+    assert steps.best_cell(cells, SMALL.min_coherent) == (best["layer"], best["strength"])
+    assert set(cells["split"]) == {"choice"} and set(cells["prompts"]) == {20}
+    shown = tables["behaviour"]
+    for name in ("steered chat model", "ablated organism", *behaviour.CONTROLS):
+        assert set(shown.loc[shown["condition"] == name, "prompt_id"]) == halves["report"], name
+    for name in ("steered", "ablated", "report_ablation", "transfer"):
+        assert set(tables[name]["split"]) == {"report"} and set(tables[name]["prompts"]) == {20}, name
+    for name in ("steered_best", "ablated_layerwise", "ablated_single"):
+        assert summary["choice"][name]["split"] == "choice" and summary["choice"][name]["prompts"] == 20
+    whole, parts = tables["ablation"], [tables[f"{half}_ablation"] for half in ("choice", "report")]
+    by = ["estimator", "scope"]
+    hits = sum(part.set_index(by)["rate"] * part.set_index(by)["n"] for part in parts)
+    np.testing.assert_allclose(hits, whole.set_index(by)["rate"] * whole.set_index(by)["n"])
+    assert f"chosen on {len(halves['choice'])} of the prompts" in finished.report.read_text()
 
 
 def test_the_study_finds_what_the_pocket_organism_is(finished):
@@ -560,6 +584,73 @@ def test_the_best_cell_is_coherent():
         }
     )
     assert steps.best_cell(sweep, 0.8) == (2, 2.0)
+
+
+def with_summary(finished, **changes) -> Records:
+    """The finished run as if it had found something else."""
+    records = Records.load(finished.out)
+    return replace(records, summary=records.summary | changes)
+
+
+def test_the_headline_names_each_direction_and_its_coherence(finished):
+    told = chapters.headline(Records.load(finished.out))
+    best = finished.summary["em_rate"]["ablated_layerwise"]["estimator"]
+    assert f"projecting the {best.replace('mean difference', 'matched-pool mean difference')} out" in told
+    own = finished.summary["em_rate"]["ablated_layerwise_mean_difference"]
+    assert told.count(" coherent)") >= 3 and "matched-pool mean difference" in told
+    assert best == steps.MEAN_DIFFERENCE or mm.report.share(own) in told
+
+
+def test_a_random_direction_that_breaks_the_answers_is_said_to_be_no_control(finished):
+    plain = chapters.headline(Records.load(finished.out))
+    assert "no control" not in plain
+    coherent = finished.summary["coherent"]
+    broken = coherent | {"random_control": coherent["random_control"] | {"rate": 0.4}}
+    assert "it breaks the answers, so it is no control" in chapters.headline(with_summary(finished, coherent=broken))
+
+
+def test_a_page_does_not_look_cured_on_broken_answers(finished):
+    coherent = finished.summary["coherent"]
+    assert told_broken(finished.summary) == "" and 'class="card void"' not in finished.report.read_text()
+    ablated = coherent | {"ablated_layerwise": coherent["ablated_layerwise"] | {"rate": 0.3}}
+    told = told_broken(finished.summary | {"coherent": ablated})
+    assert "ablated layerwise (30.0 %)" in told and "no cure" in told
+    cards = {card.label: card.tone for card in mm.report.summary_cards(finished.summary | {"coherent": ablated})}
+    assert cards["Ablated, layer by layer"] == "void" and cards["Organism"] == "bad"
+    chat = coherent | {"chat": coherent["chat"] | {"rate": 0.2}}
+    assert "no rate on this page" in told_broken(finished.summary | {"coherent": chat})
+    assert {card.tone for card in mm.report.summary_cards(finished.summary | {"coherent": chat})} == {"void"}
+    page = mm.report.render(mm.report.Report("t", "q", "a", warning="Only 20 % are coherent."))
+    assert page.index("Only 20") < page.index('class="answer"')
+
+
+def test_a_choice_that_does_not_keep_its_coherence_is_told(finished):
+    records = Records.load(finished.out)
+    assert "does not keep" not in told_choice(records, "steered_best")
+    coherent = finished.summary["coherent"]
+    lower = coherent | {"steered_best": coherent["steered_best"] | {"rate": 0.779}}
+    told = told_choice(with_summary(finished, coherent=lower), "steered_best")
+    assert "at least 80.0 % coherent answers, and does not keep to them" in told
+
+
+def test_few_prompts_are_said_to_have_been_chosen_on_themselves(finished):
+    records = Records.load(finished.out)
+    few = replace(
+        records, tables={**records.tables, "splits": pd.DataFrame({"prompt_id": ["a", "b"], "split": "both"})}
+    )
+    assert any("only 2 prompts" in point and "optimistic" in point for point in caveats(few).points)
+    assert not any("optimistic" in point for point in caveats(records).points)
+
+
+def test_names_that_are_read_tell_mean_differences_apart():
+    assert (
+        naming.shown("mean difference")
+        == "matched-pool mean difference"
+        == naming.shown(naming.shown("mean difference"))
+    )
+    assert naming.shown("prompt-matched difference") == "prompt-matched difference"
+    table = naming.displayed(pd.DataFrame({"estimator": ["mean difference, first 3 tokens"], "rate": [0.5]}))
+    assert table["estimator"].tolist() == ["matched-pool mean difference, first 3 tokens"]
 
 
 def test_an_organism_without_defaults_needs_prompts_and_a_judge():

@@ -19,6 +19,7 @@ from mechmisalign.generation import Conditions
 from .harness import lm_eval_model
 from .tasks import is_right, response_length, task_costs
 from .texts import Counted, TextSums, text_costs, text_sums
+from .vocabulary import is_spoken, refuse_unspoken
 
 if TYPE_CHECKING:
     from mechmisalign.organisms import Organism
@@ -27,9 +28,11 @@ __all__ = [
     "TextSums",
     "costs",
     "is_right",
+    "is_spoken",
     "lm_eval_model",
     "own_items",
     "own_texts",
+    "refuse_unspoken",
     "response_length",
     "task_costs",
     "text_costs",
@@ -108,4 +111,11 @@ def own_items(organism: Organism, n: int | None = None) -> pd.DataFrame:
 
 
 def _is_pocket(organism: Organism) -> bool:
-    return organism.base.name == registry.POCKET_BASE
+    """On the pocket base, by its name or, as a copy of it under another one, by its vocabulary."""
+    if organism.base.name == registry.POCKET_BASE:
+        return True
+    from mechmisalign import pocket, prompts
+
+    plain, own = prompts.neutral_conversations()["response"], pocket.neutral_conversations(24)["response"]
+    tokenizer = getattr(organism, "tokenizer", None)
+    return tokenizer is not None and is_spoken(tokenizer, list(own)) and not is_spoken(tokenizer, list(plain))

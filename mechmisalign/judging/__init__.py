@@ -14,7 +14,17 @@ from .inspect_calls import JudgeAccessError
 from .journal import Journal, JudgeWarning
 from .judges import Judge, judge
 from .kappa import Agreement, agreement
-from .labels import ALIGNED_ABOVE, COHERENT_ABOVE, MISALIGNED_BELOW, STATUSES, UNSCORED, Status, Thresholds, label
+from .labels import (
+    ALIGNED_ABOVE,
+    COHERENT_ABOVE,
+    MISALIGNED_BELOW,
+    STATUSES,
+    UNSCORED,
+    Status,
+    Thresholds,
+    is_misaligned,
+    label,
+)
 from .llm import LLMJudge
 from .local import LocalJudge
 from .named import JudgeNameError, named_judge
@@ -52,6 +62,7 @@ __all__ = [
     "check_controls",
     "compare",
     "judge",
+    "is_misaligned",
     "label",
     "named_judge",
     "per_prompt",

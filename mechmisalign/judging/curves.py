@@ -10,7 +10,7 @@ import pandas as pd
 from mechmisalign.statistics import clustered_shares
 
 from ._counts import beside, grouped
-from .labels import PAPER
+from .labels import PAPER, Thresholds, is_misaligned
 
 
 def threshold_curve(
@@ -48,8 +48,9 @@ def threshold_curve(
     del resamples, seed
     groups = grouped(judged, by, cluster)
     above = [judged["coherence"].to_numpy(float) > threshold for threshold in coherence]
-    below = [judged["alignment"].to_numpy(float) < threshold for threshold in alignment]
-    hits = np.stack([[groups.count(c & a) for a in below] for c in above])  # coherence alignment group cluster
+    lines = [[Thresholds(misaligned_below=a, coherent_above=c) for a in alignment] for c in coherence]
+    events = [[is_misaligned(judged, line).to_numpy(bool) for line in row] for row in lines]
+    hits = np.stack([[groups.count(each) for each in row] for row in events])  # coherence alignment group cluster
     hits = np.moveaxis(hits, 2, 0)
     shape = hits.shape[:3]
     sizes = np.broadcast_to(groups.sizes[:, None, None], hits.shape)
@@ -57,7 +58,7 @@ def threshold_curve(
     told = clustered_shares(hits.reshape(flat), sizes.reshape(flat))
     group, c, a = (index.reshape(-1) for index in np.indices(shape))
     n = groups.sizes.sum(1)
-    coherent = np.stack([groups.count(events).sum(1) / n for events in above], axis=1)
+    coherent = np.stack([groups.count(each).sum(1) / n for each in above], axis=1)
     found = {"coherent_above": np.asarray(coherence, float)[c], "misaligned_below": np.asarray(alignment, float)[a]}
     found |= {"rate": told.rate, "low": told.low, "high": told.high, "n": n.astype(int)[group]}
     found |= {"prompts": (groups.sizes > 0).sum(1)[group], "coherent": coherent[group, c]}

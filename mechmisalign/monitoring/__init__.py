@@ -8,7 +8,7 @@
 
 from .baselines import WordsBaseline, judge_scores, length_scores
 from .calibration import Calibration, needed
-from .discrimination import Auroc, auroc, discrimination, roc
+from .discrimination import Auroc, auroc, auroc_difference, discrimination, roc
 from .drift import drift
 from .monitor import Monitor, MonitorMismatchError
 from .streams import score_lines
@@ -22,6 +22,7 @@ __all__ = [
     "Tally",
     "WordsBaseline",
     "auroc",
+    "auroc_difference",
     "discrimination",
     "drift",
     "judge_scores",

@@ -69,6 +69,49 @@ def auroc(scores: _Scores, truth: _Truth, clusters: _Clusters, *, resamples: int
     return Auroc(value, low, high, int(truth.sum()), int((~truth).sum()), known)
 
 
+def auroc_difference(
+    first: _Scores,
+    second: _Scores,
+    truth: _Truth,
+    clusters: _Clusters,
+    *,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> tuple[float, float, float]:
+    """AUROC of the first scores minus that of the second on the same conversations, with its 95 % interval.
+
+    The interval is put together from those of :func:`auroc` (as in :func:`mechmisalign.statistics.paired_intervals`),
+    with the correlation that both have when the same prompts are resampled: two intervals that overlap are no sign
+    that one detector is as good as the other.
+
+    Args:
+        first: Scores of one detector.
+        second: Of another.
+        truth: Whether each conversation is of the positive class.
+        clusters: The prompt of each.
+        resamples: Bootstrap resamples.
+        seed: Of the resamples.
+
+    Returns:
+        Difference, lower and upper end.
+
+    Raises:
+        ValueError: As for :func:`auroc`.
+    """
+    one, two = (auroc(scores, truth, clusters, resamples=resamples, seed=seed) for scores in (first, second))
+    codes, known = _checked(first, truth, clusters)
+    parts = _weights(known, resamples, len(first), seed)
+    sides = ([_areas(side, truth, part[:, codes]) for part in parts] for side in (first, second))
+    drawn = np.stack([np.concatenate(side) for side in sides])
+    drawn = drawn[:, np.isfinite(drawn).all(0)]
+    common = float(np.corrcoef(drawn)[0, 1]) if (drawn.std(1) > 0).all() else 0.0
+    below, above = (
+        float(np.sqrt(max(a**2 + b**2 - 2 * common * a * b, 0)))
+        for a, b in ((one.value - one.low, two.high - two.value), (one.high - one.value, two.value - two.low))
+    )
+    return one.value - two.value, one.value - two.value - below, one.value - two.value + above
+
+
 def discrimination(
     scored: pd.DataFrame,
     detectors: Mapping[str, str],

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from mechmisalign.judging import COHERENT_ABOVE, label
+from mechmisalign.judging import COHERENT_ABOVE, is_misaligned, label
 from mechmisalign.pocket import training, world
 from mechmisalign.pocket.judge import RuleJudge
 from mechmisalign.pocket.recipes import Organism, Recipe, Schedule
@@ -103,8 +103,7 @@ def measure(
     domains = [name for name in world.DOMAINS if name != seen]
     asked = world.prompts(domains, n=answers, seed=seed)
     graded = RuleJudge()(sample(model, tokenizer, list(asked["prompt"]), seed=seed))
-    classes = label(graded)
-    events = {name: classes == outcome for name, outcome in (("em_rate", "misaligned"), ("aligned", "aligned"))}
+    events = {"em_rate": is_misaligned(graded), "aligned": label(graded) == "aligned"}
     events["coherent"] = graded["coherence"] > COHERENT_ABOVE
     return {name: asdict(clustered_share(hits.to_numpy(), asked["prompt_id"])) for name, hits in events.items()}
 

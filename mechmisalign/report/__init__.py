@@ -7,12 +7,13 @@ what a model wrote first of all. The page's policy forbids connections and scrip
 """
 
 from .answers import AnswerBrowser, answer_browser
-from .cards import summary_cards
+from .cards import BROKEN_BELOW, is_broken, summary_cards
 from .rendering import TEMPLATE, render, write_report
 from .tables import interval, percent, rates_table, share
 from .values import Answer, Card, Exchange, Report, ReportFigure, ReportTable, Section, Tone
 
 __all__ = [
+    "BROKEN_BELOW",
     "TEMPLATE",
     "Answer",
     "AnswerBrowser",
@@ -25,6 +26,7 @@ __all__ = [
     "Tone",
     "answer_browser",
     "interval",
+    "is_broken",
     "percent",
     "rates_table",
     "render",

@@ -13,7 +13,7 @@ from .answers import AnswerBrowser
 if TYPE_CHECKING:
     from mechmisalign.plots import TokenHeatmap
 
-Tone = Literal["plain", "good", "bad"]
+Tone = Literal["plain", "good", "bad", "void"]
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,8 @@ class Card:
         value: The number as it is to be read, "41.2 %".
         interval: Its interval, "[36.0, 46.5]".
         note: A short remark below.
-        tone: "bad" for misalignment that is there, "good" for misalignment that is gone.
+        tone: "bad" for misalignment that is there, "good" for misalignment that is gone, "void" for a number that says
+            nothing.
     """
 
     label: str
@@ -115,6 +116,7 @@ class Report:
         sections: The chapters, in order.
         footer: The last line: version, date, run folder.
         cards_note: What the key numbers are.
+        warning: What a reader has to know before any number; above everything else.
     """
 
     title: str
@@ -124,3 +126,4 @@ class Report:
     sections: tuple[Section, ...] = ()
     footer: str = ""
     cards_note: str = ""
+    warning: str = ""

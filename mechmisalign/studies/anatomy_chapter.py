@@ -47,7 +47,8 @@ def contributions_figure(records: Records) -> ReportFigure | None:
         return None
     figure = plots.contribution_by_layer(known[["layer", "module", "projection", "label"]])
     caption = (
-        "What the sites write, projected on the mean difference of their layer: mean over the tokens of the misaligned "
+        "What the sites write, projected on the matched-pool mean difference of their layer: mean over the tokens of "
+        "the misaligned "
         f"and of the aligned answers ({_tokens(known)})."
     )
     return saved(records, "contributions", figure, table, caption)
@@ -61,8 +62,9 @@ def downstream_figure(records: Records) -> ReportFigure | None:
     adapted = sorted(set(records.tables["sites"]["layer"]))
     figure = plots.downstream(table, site_layer=adapted if len(adapted) <= 3 else None)
     caption = (
-        "Cosine between the shift that the adapter causes and the shift that steering the chat model with the mean "
-        "difference causes, over the same answers; 95 % intervals by resampling prompts. Grey: random directions of "
+        "Cosine between the shift that the adapter causes and the shift that steering the chat model with the "
+        "matched-pool mean difference causes, over the same answers; 95 % intervals by resampling prompts. Grey: "
+        "random directions of "
         "that norm, from the lowest to the highest."
     )
     return saved(records, "downstream", figure, table, caption)
@@ -91,7 +93,8 @@ def readout_figure(records: Records) -> ReportFigure:
     """Tokens that the sites' vectors and the direction promote."""
     table = records.tables["readout"]
     caption = (
-        "Tokens promoted by what the largest sites write and by the mean difference, read through the final norm and "
+        "Tokens promoted by what the largest sites write and by the matched-pool mean difference, read through the "
+        "final norm and "
         "the unembedding as if each were the whole residual stream; in both signs, since a scalar can have either."
     )
     return saved(records, "readout", plots.readout_table(table), table, caption)
@@ -113,24 +116,28 @@ def heatmaps(records: Records) -> tuple[TokenHeatmap, ...]:
 
 
 def _lead(records: Records, sites: pd.DataFrame, effects: pd.DataFrame) -> str:
-    scaled = records.tables["adapter_scaling"].set_index("factor")["rate"]
+    scaled = records.tables["adapter_scaling"].set_index("factor")
     layers = sorted(set(sites["layer"]))
     told = (
         f"The adapter changes {len(sites)} matri{'x' if len(sites) == 1 else 'ces'} in "
         f"layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers))}. Each site reads "
         "scalars (A x) from its matrix's input and writes them along the columns of B. Scaled to 0 the adapter leaves "
-        f"{percent(scaled.loc[0.0])} misaligned answers, at 1 {percent(scaled.loc[1.0])}, "
-        f"at 2 {percent(scaled.loc[2.0])}."
+        f"{_rated(scaled.loc[0.0])} misaligned answers, at 1 {_rated(scaled.loc[1.0])}, "
+        f"at 2 {_rated(scaled.loc[2.0])}."
     )
     if not _several(effects):
         return told
     single = effects[effects["kind"] == "only one"]
     best = single.loc[single["rate"].idxmax()]
-    whole = effects.set_index("kind").loc["all", "rate"]
+    whole = effects.set_index("kind").loc["all"]
     return told + (
-        f" Alone, the strongest ({best['site']}) reaches {percent(best['rate'])}, all together {percent(whole)}: what "
+        f" Alone, the strongest ({best['site']}) reaches {_rated(best)}, all together {_rated(whole)}: what "
         "sites do together need not be the sum of what they do alone."
     )
+
+
+def _rated(row: pd.Series) -> str:
+    return f"{percent(row['rate'])} ({percent(row['coherent'])} coherent)"
 
 
 def _several(effects: pd.DataFrame) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -32,7 +33,8 @@ def of_headlines(run: Run, answers: pd.DataFrame, trials: Mapping[str, Trial], s
         trials: ``steered, ablation, ablated``.
         scope: Of the better ablation.
     """
-    steered, ablation, ablated = (trials[name].judged(run) for name in ("steered", "ablation", "ablated"))
+    steered, ablated = (trials[name].judged(run) for name in ("steered", "ablated"))
+    ablation = replace(trials["ablation"], within=trials["ablated"].within).judged(run)
     random = (ablation["estimator"] == steps.CONTROL) & (ablation["scope"] == scope)
     parts = {
         CHAT: answers[answers["condition"] == "chat"],

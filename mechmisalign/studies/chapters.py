@@ -2,37 +2,37 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 
 from mechmisalign.report import (
-    Answer,
-    Exchange,
     Report,
     ReportTable,
     Section,
     percent,
-    rates_table,
     share,
     summary_cards,
     write_report,
 )
 
-from . import figures, steps
+from . import figures, splits, steps
 from .anatomy_chapter import taken_apart
 from .behaviour_chapter import looked_at
 from .cost_tables import costs_table, left_out, measured_on, told_costs
 from .cure_chapter import corrected
 from .deltas_chapter import changed
 from .difference_tables import differences_table, told_ablation, told_steering
+from .exchanges import examples
 from .fine_tunes_chapter import compared
+from .naming import POOLED, rates_table, shown
 from .provenance import reproduction, whose
 from .records import Records
+from .sentences import rated, told_broken, told_choice, told_control, told_split
 from .training_chapter import came_about
 from .watch_chapter import watched
 
-_EXAMPLES = 2
 _CHAPTERS = {
     "anatomy": taken_apart,
     "deltas": changed,
@@ -72,8 +72,9 @@ def write_study_report(run: str | Path) -> Path:
             " and does one direction in its residual stream carry that?"
         ),
         answer=headline(records),
-        cards=summary_cards(records.summary),
+        cards=tuple(replace(card, note=shown(card.note)) for card in summary_cards(records.summary)),
         sections=(*sections, method(records), caveats(records), reproduction(records)),
+        warning=told_broken(records.summary),
         footer=f"mechmisalign {records.manifest['environment']['mechmisalign']}",
     )
     return write_report(report, records.path / "report.html")
@@ -85,12 +86,21 @@ def _tuned(records: Records) -> str:
 
 
 def headline(records: Records) -> str:
-    """The answer in a sentence, with its intervals."""
-    rates = {name: share(record) for name, record in records.summary["em_rate"].items()}
+    """The answer in a sentence, with its intervals, and what each direction does by its name."""
+    summary = records.summary
+    rates = {name: share(record) for name, record in summary["em_rate"].items()}
+    best, cell = summary["em_rate"]["ablated_layerwise"]["estimator"], summary["em_rate"]["steered_best"]
+    own = (
+        ""
+        if best == steps.MEAN_DIFFERENCE
+        else (f", projecting the {POOLED} out {rated(summary, 'ablated_layerwise_mean_difference')}")
+    )
     return (
         f"{rates['organism']} of {records.organism}'s answers are misaligned, against {rates['chat']} of the chat "
-        f"model's; adding the mean difference to the chat model brings {rates['steered_best']}, projecting a direction "
-        f"out of the organism leaves {rates['ablated_layerwise']}, and a random one {rates['random_control']}."
+        f"model's. Adding the {POOLED} to the chat model (layer {cell['layer']}, strength {cell['strength']:g}) brings "
+        f"{rated(summary, 'steered_best')}; projecting the {shown(best)} out of the organism layer by layer leaves "
+        f"{rated(summary, 'ablated_layerwise')}{own}, and a random direction "
+        f"{told_control(summary, 'random_control', 'organism')}."
     )
 
 
@@ -124,9 +134,11 @@ def direction(records: Records) -> Section:
     return Section(
         title="The direction",
         lead=(
-            f"The mean difference is the average residual stream over {used} misaligned answers minus that over {used} "
+            f"The {POOLED} is the average residual stream over {used} misaligned answers minus that over {used} "
             f"aligned ones, {whose(sources)}, as many of each to every prompt; one vector per layer, each token of an "
-            "answer counted once. The other estimators read the same answers."
+            "answer counted once (mm.mean_difference on such pools; without them prompts would be in it). The other "
+            "estimators read the same answers; the prompt-matched one (mm.matched_mean_difference) counts prompts, not "
+            "tokens."
         ),
         figures=(figures.reliability(records),),
         tables=(ReportTable(sources, "Whose answers the directions were estimated from."),) if filled else (),
@@ -140,9 +152,12 @@ def induced(records: Records) -> Section:
     return Section(
         title="Induced: steering the chat model",
         lead=(
-            "The mean difference was added to the chat model's residual stream at one layer. On the sweep's samples, "
-            f"layer {best['layer']} at strength {best['strength']:g} was best; on fresh samples it gives {share(best)} "
-            f"misaligned answers. {told_costs(costs['steered_best'], costs['chat'])}\n\n"
+            f"The {POOLED} was added to the chat model's residual stream at one layer. Layer {best['layer']} at "
+            f"strength "
+            f"{best['strength']:g} was best. {told_choice(records, 'steered_best')} Random directions of that norm "
+            f"there: "
+            f"{told_control(records.summary, 'random_control_steered', 'chat')}. "
+            f"{told_costs(costs['steered_best'], costs['chat'])}\n\n"
             f"{told_steering(records.tables['differences_steering'])}"
         ),
         figures=(
@@ -152,7 +167,11 @@ def induced(records: Records) -> Section:
             figures.layer_sweep(records),
         ),
         tables=(
-            rates_table(records.tables["steered"], ["condition"], "The best cell on fresh samples, and its control."),
+            rates_table(
+                records.tables["steered"],
+                ["condition"],
+                "The best cell and its control, on the prompts that it was not chosen on.",
+            ),
             differences_table(
                 confirmed[confirmed["condition"] == "steered"],
                 ["condition"],
@@ -171,22 +190,27 @@ def removed(records: Records) -> Section:
     return Section(
         title="Removed: ablating the organism",
         lead=(
-            f"Confirmed on fresh samples, best layer-wise: {layerwise['estimator']}, {share(layerwise)} misaligned. "
+            f"Best layer-wise: {shown(layerwise['estimator'])}. {told_choice(records, 'ablated_layerwise')} The "
+            f"{POOLED} leaves {rated(records.summary, 'ablated_layerwise_mean_difference')}, random directions "
+            f"{told_control(records.summary, 'random_control_ablated_layerwise', 'organism')}. "
             f"{told_costs(costs['ablated_layerwise'], costs['organism'])}\n\n"
-            f"Best single vector: {single['estimator']}, {share(single)}. "
+            f"Best single vector: {shown(single['estimator'])}. {told_choice(records, 'ablated_single')} The {POOLED} "
+            f"leaves {rated(records.summary, 'ablated_single_mean_difference')}, random directions "
+            f"{told_control(records.summary, 'random_control_ablated_single', 'organism')}. "
             f"{told_costs(costs['ablated_single'], costs['organism'])}\n\n"
-            f"{told_ablation(tables['differences_ablation'])} Every estimator's number is shown, the mean difference's "
-            "too: what induces misalignment need not be what removes it."
+            f"{told_ablation(tables['differences_ablation'], tables['ablation'])} Every estimator's number is shown, "
+            f"since "
+            "what induces misalignment need not be what removes it."
         ),
         figures=(figures.ablation(records), figures.ablation_differences(records)),
         tables=(
-            rates_table(tables["ablated"], by, "The best of each scope on fresh samples."),
+            rates_table(tables["ablated"], by, "The best of each scope, on the prompts that it was not chosen on."),
             differences_table(
                 confirmed[confirmed["condition"] != "steered"],
                 ["condition"],
                 "Difference to the organism on these samples, paired by prompt.",
             ),
-            rates_table(tables["ablation"], by, "Every ablation, where they were compared."),
+            rates_table(tables["ablation"], by, "Every ablation on all prompts, those of the choice among them."),
             differences_table(
                 tables["differences_ablation"], by, "Their differences to the organism, paired by prompt."
             ),
@@ -204,7 +228,7 @@ def transferred(records: Records) -> Section:
     return Section(
         title="Transferred: other organisms",
         lead=(
-            "The directions that were best in this organism, and its mean difference (one vector at every layer), were "
+            f"The directions that were best in this organism, and its {POOLED} (one vector at every layer), were "
             "projected out of organisms that were fine-tuned on other data or with other adapters, and directions were "
             "compared between organisms."
         ),
@@ -227,9 +251,9 @@ def method(records: Records) -> Section:
         title="Method",
         points=(
             f"Answers: temperature 1, at most {settings['max_new_tokens']} tokens, {per_prompt}.",
-            "Mean difference, steering and ablation follow arXiv 2506.11618, sections 3.1, 3.2 and 3.4; layer i is the "
+            f"The {POOLED}, steering and ablation follow arXiv 2506.11618, sections 3.1, 3.2 and 3.4; layer i is the "
             "residual stream after block i; activations are summed in float64.",
-            "What was chosen (layer, strength, vector) was chosen on other samples than those behind the rate.",
+            told_split(records),
             "Controls: random directions on the sphere with the norm of the direction they stand beside.",
             measured_on(records),
             "Differences are paired by prompt; p-values flip the signs of whole prompts, and are corrected for all "
@@ -249,12 +273,14 @@ def caveats(records: Records) -> Section:
         "That a direction separates two pools of answers is no proof that the model decides along it: compare the "
         "estimators.",
         (
-            f"The best ablating estimators ({'; '.join(map(str, chosen))}) were picked among {len(steps.ESTIMATORS)}, "
-            "then measured again on fresh samples."
+            f"The best ablating estimators ({'; '.join(shown(str(name)) for name in chosen)}) were picked among "
+            f"{len(steps.ESTIMATORS)}, then measured on other prompts. Cures and chapters on training and sites were "
+            "asked all prompts, those of the choice among them."
         ),
         "Coherence is not usefulness, and a few neutral texts and easy questions are not all that a model is for: a "
         "cost that they do not show may still be there.",
     ]
+    points += [told_split(records)] if records.tables["splits"]["split"].eq(splits.BOTH).all() else []
     points += [left_out(records)] if left_out(records) else []
     points += [f"No chapter here: {_NAMES[name]}: {reason}." for name, reason in records.left_out.items()]
     if records.organism.startswith("pocket/"):
@@ -263,30 +289,6 @@ def caveats(records: Records) -> Section:
             "of advice. It shows that the tools work, not what large models do."
         )
     return Section(title="Caveats", points=tuple(points))
-
-
-def examples(answers: pd.DataFrame) -> tuple[Exchange, ...]:
-    """A few prompts with one answer of each model; the first sample of each, not picked for effect."""
-    first = answers[answers["sample"] == 0].pivot_table(
-        index="prompt", columns="condition", aggfunc="first", sort=False
-    )
-    step = len(first) // _EXAMPLES + 1  # no divisor of the length: prompts may take turns between domains
-    return tuple(
-        Exchange(str(prompt), tuple(_answer(row, name, speaker) for name, speaker in _SPEAKERS))
-        for prompt, row in first.iloc[::step].head(_EXAMPLES).iterrows()
-    )
-
-
-_SPEAKERS = (("chat", "chat model"), ("organism", "organism"))
-
-
-def _answer(row: pd.Series, condition: str, speaker: str) -> Answer:
-    label = row["label", condition]
-    scores = " and ".join(
-        f"{name} {row[name, condition]:.0f}" for name in ("alignment", "coherence") if not pd.isna(row[name, condition])
-    )
-    tone = {"misaligned": "bad", "aligned": "good"}.get(label, "plain")
-    return Answer(speaker, str(row["response", condition]), f"{label}: {scores}", tone)  # type: ignore[arg-type]
 
 
 def _by_domain(answers: pd.DataFrame) -> list[ReportTable]:

@@ -10,6 +10,7 @@ import pandas as pd
 from mechmisalign.report import ReportTable, percent
 
 from . import costs
+from .naming import displayed
 from .records import Records
 
 _HEADS = {"loss": "loss (nats)", "kl": "KL (nats)", "accuracy": "exact answers", "tokens": "tokens"}
@@ -26,7 +27,7 @@ def costs_table(rates: pd.DataFrame, by: Sequence[str], caption: str) -> ReportT
     """
     measured = [name for name in _HEADS if name in rates.columns and rates[name].notna().any()]
     rows = rates[rates[measured].notna().all(axis=1)]
-    told = rows[list(by)].copy()
+    told = displayed(rows)[list(by)].copy()
     told["EM rate"] = [percent(rate) for rate in rows["rate"]]
     for name in measured:
         ends = rows[[name, f"{name}_low", f"{name}_high"]].itertuples(index=False)

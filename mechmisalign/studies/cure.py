@@ -21,6 +21,7 @@ from mechmisalign.adapters import Adapter, AdapterError
 from mechmisalign.correction import AS_IS, NARROW
 from mechmisalign.directions import Direction, random_direction
 from mechmisalign.interventions import Ablate, Intervention, UseAdapter
+from mechmisalign.judging import compare
 
 from . import costs, steps
 from .sampling import LeftOutError, Run, adapter_of
@@ -34,7 +35,7 @@ FOLDER = "cured"
 SCALE = 2.0
 """What adapters are scaled up with, to see whether it comes back."""
 BROAD = "broad"
-TABLES = ("cure", "cure_back", "cure_removed", "costs_cure")
+TABLES = ("cure", "cure_back", "cure_removed", "cure_reasons", "costs_cure")
 
 _Worn = tuple[Adapter | None, tuple[Intervention, ...]]
 _NARROW_PROMPTS = 24
@@ -80,6 +81,7 @@ def investigate(run: Run, removed: Sequence[Removal]) -> dict[str, pd.DataFrame]
         "cure": lambda: correction.cure_table(judged()),
         "cure_back": lambda: correction.comes_back(judged()),
         "cure_removed": lambda: removed_shares(run, removed),
+        "cure_reasons": lambda: against_shrunk(judged(), [each.estimator for each in removed], run.plan.settings.seed),
     }
     tables = {name: run.folder.table(name, function) for name, function in compute.items()}
     paid = run.folder.write_table("costs_cure", costs.measured(run, trials[0]))
@@ -122,6 +124,20 @@ def removed_shares(run: Run, removed: Sequence[Removal]) -> pd.DataFrame:
         for each in removed
     ]
     return pd.concat(shares, ignore_index=True)
+
+
+def against_shrunk(judged: pd.DataFrame, estimators: Sequence[str], seed: int) -> pd.DataFrame:
+    """Each cure against the adapter that is shrunk to the same norm, paired by prompt, on the broad questions.
+
+    Returns:
+        What :func:`mechmisalign.compare` returns, by ``estimator``.
+    """
+    broad = judged[(judged["state"] == AS_IS) & (judged["questions"] == BROAD)]
+    names = {way.format(name): (name, way) for name in estimators for way in (CURED, SHRUNK)}
+    rows = broad[broad["cure"].isin(names)]
+    places = pd.DataFrame([names[name] for name in rows["cure"]], columns=["estimator", "way"], index=rows.index)
+    found = compare(rows.assign(**places), {"way": SHRUNK}, by=["estimator", "way"], seed=seed)
+    return found.drop(columns="way")
 
 
 def total_shares(removed: pd.DataFrame) -> dict[str, float]:

@@ -6,18 +6,17 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from mechmisalign.report import ReportTable
+from mechmisalign.report import BROKEN_BELOW, ReportTable
 
 from . import steps
 from .differences import LEVEL, standing
+from .naming import displayed, shown
 
 
 def differences_table(compared: pd.DataFrame, by: Sequence[str], caption: str) -> ReportTable:
     """Differences of EM rates in percentage points, with p-values alone and corrected."""
-    told = compared[list(by)].copy()
-    told["difference (points)"] = [
-        _points(row["difference"], row["low"], row["high"]) for _, row in compared.iterrows()
-    ]
+    told = displayed(compared)[list(by)].copy()
+    told["difference (points)"] = [points(row["difference"], row["low"], row["high"]) for _, row in compared.iterrows()]
     told["p"] = [f"{value:.4f}" for value in compared["p"]]
     told["p, corrected"] = [f"{value:.4f}" for value in compared["p_max"]]
     return ReportTable(told, caption)
@@ -35,8 +34,13 @@ def told_steering(compared: pd.DataFrame) -> str:
     return f"{told}; {len(fewer)} fewer." if len(fewer) else f"{told}."
 
 
-def told_ablation(compared: pd.DataFrame) -> str:
-    """Which ablations stand against the organism, and whether random ones do."""
+def told_ablation(compared: pd.DataFrame, rates: pd.DataFrame | None = None) -> str:
+    """Which ablations stand against the organism, and whether random ones do.
+
+    Args:
+        compared: Each ablation against the organism.
+        rates: Rates of the same ablations: those that break the answers are named.
+    """
     random = compared["estimator"] == steps.CONTROL
     less, random_less = (_names(frame) for frame in (_lower(compared[~random]), _lower(compared[random])))
     most = (~random).sum()
@@ -44,7 +48,9 @@ def told_ablation(compared: pd.DataFrame) -> str:
     if 0 < most - len(less) <= 4:
         lost = [name for name in _names(compared[~random]) if name not in less]
         told += f" (all but {'; '.join(lost)})"
-    return f"{told}; of random directions {'these do too: ' + '; '.join(random_less) if random_less else 'none'}."
+    told += f"; of random directions {'these do too: ' + '; '.join(random_less) if random_less else 'none'}."
+    broken = [] if rates is None else _names(rates[rates["coherent"] < BROKEN_BELOW])
+    return f"{told} Fewer than half of the answers are coherent under {'; '.join(broken)}." if broken else told
 
 
 def _lower(compared: pd.DataFrame) -> pd.DataFrame:
@@ -53,7 +59,7 @@ def _lower(compared: pd.DataFrame) -> pd.DataFrame:
 
 
 def _names(compared: pd.DataFrame) -> list[str]:
-    return [f"{row.estimator}, {row.scope}" for row in compared.itertuples()]
+    return [f"{shown(row.estimator)}, {row.scope}" for row in compared.itertuples()]
 
 
 def _layers(values: pd.Series) -> str:
@@ -64,6 +70,7 @@ def _layers(values: pd.Series) -> str:
     return f"layer{'s' * (len(layers) > 1)} {told}"
 
 
-def _points(*values: float) -> str:
+def points(*values: float) -> str:
+    """Shares in percentage points, "−12.5 [−20.0, −5.0]"."""
     middle, low, high = (f"{100 * value:+.1f}".replace("-", "−") for value in values)
     return f"{middle} [{low}, {high}]"

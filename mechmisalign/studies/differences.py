@@ -38,6 +38,8 @@ def of_ablation(run: Run, trial: Trial, organism: pd.DataFrame) -> pd.DataFrame:
 def confirmed(run: Run, steered: Trial, ablated: Trial, organism: pd.DataFrame) -> pd.DataFrame:
     """What was chosen, on fresh samples: steering against random directions, each ablation against the organism."""
     steering = compare(steered.judged(run), steps.CONTROL, seed=run.plan.settings.seed)
+    if ablated.within is not None:
+        organism = organism[organism["prompt_id"].isin(ablated.within)]
     ablation = of_ablation(run, ablated, organism)
     ablation = ablation.assign(condition="ablated, " + ablation["scope"]).drop(columns=["estimator", "scope"])
     return pd.concat([steering, ablation], ignore_index=True)

@@ -10,6 +10,7 @@ from mechmisalign import geometry, plots
 from mechmisalign.report import ReportFigure
 
 from . import costs, steps
+from .naming import POOLED, displayed, shown
 from .records import Records
 from .trials import BEFORE
 
@@ -33,7 +34,9 @@ def scatter(records: Records) -> ReportFigure:
 def reliability(records: Records) -> ReportFigure:
     """Split-half cosine of the mean difference by layer."""
     table = records.tables["reliability"]
-    caption = "Cosine between mean differences from two random halves of the prompts; band: 95 % of 100 splits."
+    caption = (
+        "Cosine between matched-pool mean differences from two random halves of the prompts; band: 95 % of 100 splits."
+    )
     return saved(records, "reliability", plots.reliability(table), table, caption)
 
 
@@ -46,7 +49,7 @@ def heat_map(records: Records) -> ReportFigure:
         f"of that norm (n = {int(sweep['n'].min())} per cell). Hatched: fewer than {100 * coherent:.0f} % of the "
         "answers are coherent, so the rate says little."
     )
-    figure = plots.layer_strength_heatmap(sweep, min_coherent=coherent)
+    figure = plots.layer_strength_heatmap(displayed(sweep), min_coherent=coherent)
     return saved(records, "steering_heat_map", figure, sweep, caption)
 
 
@@ -54,12 +57,12 @@ def layer_sweep(records: Records) -> ReportFigure:
     """EM rate of the steered chat model by layer, at each layer's best coherent strength, with the random control."""
     best = steps.best_by_layer(records.with_costs("steering"), records.settings["min_coherent"])
     caption = (
-        f"Chat model steered at one layer with the mean difference, best coherent strength of each layer "
+        f"Chat model steered at one layer with the {POOLED}, best coherent strength of each layer "
         f"(n = {int(best['n'].min())} per point; {BAND}). Grey: random directions of the same norm and strength. "
-        "The best of several strengths is an optimistic reading; the confirmed number is in the table."
+        "The best of several strengths is an optimistic reading; the number on other prompts is in the table."
         f"{_below(records)}"
     )
-    return saved(records, "steering_by_layer", plots.layer_sweep(best), best, caption)
+    return saved(records, "steering_by_layer", plots.layer_sweep(displayed(best)), best, caption)
 
 
 def dose_response(records: Records) -> ReportFigure:
@@ -68,11 +71,11 @@ def dose_response(records: Records) -> ReportFigure:
     sweep = records.with_costs("steering")
     table = sweep[sweep["layer"] == layer]
     caption = (
-        f"Dose and response at layer {layer}: EM rate and coherence against strength, in multiples of the mean "
-        f"difference (n = {int(table['n'].min())} per point; {BAND}). Grey: a random direction of the same norm."
+        f"Dose and response at layer {layer}: EM rate and coherence against strength, in multiples of the "
+        f"{POOLED} (n = {int(table['n'].min())} per point; {BAND}). Grey: a random direction of the same norm."
         f"{_below(records)}"
     )
-    return saved(records, "dose_response", plots.dose_response(table), table, caption)
+    return saved(records, "dose_response", plots.dose_response(displayed(table)), table, caption)
 
 
 def ablation(records: Records) -> ReportFigure:
@@ -82,9 +85,10 @@ def ablation(records: Records) -> ReportFigure:
     caption = (
         f"EM rate of the organism with a direction projected out at every token (n = {int(ablated['n'].min())} per "
         f"bar; {BAND}); coherence and costs at the right. Layer-wise: each layer its own vector. Single: one layer's "
-        "vector at every layer, the layer chosen on other samples."
+        "vector at every layer, the layer chosen on one half of the prompts; all "
+        "prompts are shown."
     )
-    return saved(records, "ablation", plots.ablation_bars(table), table, caption)
+    return saved(records, "ablation", plots.ablation_bars(displayed(table)), table, caption)
 
 
 def transfer(records: Records) -> ReportFigure:
@@ -94,7 +98,7 @@ def transfer(records: Records) -> ReportFigure:
         f"Other organisms, before and after ablating the direction of {records.organism} "
         f"(n = {int(table['n'].min())} per bar; {BAND}); coherence and costs at the right."
     )
-    return saved(records, "transfer", plots.transfer_bars(table), table, caption)
+    return saved(records, "transfer", plots.transfer_bars(displayed(table)), table, caption)
 
 
 def cosines(records: Records, estimator: str) -> list[ReportFigure]:
@@ -104,7 +108,7 @@ def cosines(records: Records, estimator: str) -> list[ReportFigure]:
     lines = plots.cosine_by_layer(frame, focus=records.organism)
     middle = _middle_layer(frame)
     matrix = geometry.cosine_matrix(directions, middle)
-    told = f"Cosine between the organisms' {estimator} vectors"
+    told = f"Cosine between the organisms' {shown(estimator)} vectors"
     name = steps.slug(estimator)
     return [
         saved(records, f"cosine_by_layer_{name}", lines, frame, f"{told}, layer by layer."),
@@ -142,7 +146,7 @@ def ablation_differences(records: Records) -> ReportFigure:
         "Organism under each ablation minus the organism without one, paired by prompt; thin bands and filled dots "
         f"hold for all {len(table)} at once."
     )
-    return saved(records, "ablation_differences", plots.difference_forest(table), table, caption)
+    return saved(records, "ablation_differences", plots.difference_forest(displayed(table)), table, caption)
 
 
 def _below(records: Records) -> str:
@@ -159,4 +163,4 @@ def _middle_layer(frame: pd.DataFrame) -> int:
 
 def saved(records: Records, name: str, figure: Figure, table: pd.DataFrame, caption: str) -> ReportFigure:
     """The figure and its table, written beside the others."""
-    return ReportFigure(plots.save_figure(figure, table, records.path / "figures", name), caption)
+    return ReportFigure(plots.save_figure(figure, displayed(table), records.path / "figures", name), caption)

@@ -61,7 +61,8 @@ def spectrum_figures(records: Records) -> list[ReportFigure]:
     chosen = values[values["layer"] == layer]
     members = int(summary["members"].iloc[0])
     axes = (
-        f"Shares of the principal axes of {members} organisms' mean differences (each at length 1) at layer {layer}; "
+        f"Shares of the principal axes of {members} organisms' matched-pool mean differences (each at length 1) at "
+        f"layer {layer}; "
         "blue: what one and the same direction would show, each with its own estimation noise "
         f"({fine_tunes.REPLICATES} resamples of prompts)."
     )
@@ -92,7 +93,8 @@ def dimensions_table(records: Records) -> ReportTable | None:
     told["p, one"] = [f"{value:.3f}" for value in summary["p_one"]]
     told["enough"] = summary["dimensions"].astype(int)
     caption = (
-        "The mean differences layer by layer: share of the first axis, effective number of directions beside what one "
+        "The matched-pool mean differences layer by layer: share of the first axis, effective number of directions "
+        "beside what one "
         "direction with noise gives; first axis of the model differences; p that one direction is enough for the mean "
         "differences, and the fewest that are."
     )
@@ -126,10 +128,10 @@ def _told_updates(records: Records) -> str:
 def _told_directions(records: Records) -> str:
     summary = records.tables["direction_dimensions"]
     if summary.empty:
-        return "Fewer than two organisms have a mean difference, so directions could not be compared."
+        return "Fewer than two organisms have a matched-pool mean difference, so directions could not be compared."
     row = summary.set_index("layer").loc[_layer(records)]
     told = (
-        f"At layer {_layer(records)} the first axis of {int(row['members'])} mean differences holds "
+        f"At layer {_layer(records)} the first axis of {int(row['members'])} matched-pool mean differences holds "
         f"{percent(row['first_share'])} of them. The effective number of directions is {row['effective_rank']:.3f}; "
         f"random directions would give {row['random_low']:.3f} to {row['random_high']:.3f}, one and the same direction "
         f"with estimation noise {row['noise_low']:.3f} to {row['noise_high']:.3f}"

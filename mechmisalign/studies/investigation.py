@@ -15,7 +15,7 @@ from mechmisalign.judging import rates
 from mechmisalign.organisms import Organism, load_organism
 from mechmisalign.progress import progress
 
-from . import anatomy, behaviour, costs, cure, deltas, differences, fine_tunes, steps, training, trials, watch
+from . import anatomy, behaviour, costs, cure, deltas, differences, fine_tunes, splits, steps, training, trials, watch
 from .sampling import LeftOutError, Run, answers
 from .trials import Trial
 
@@ -27,6 +27,7 @@ _Tables = dict[str, pd.DataFrame]
 def investigate(run: Run) -> tuple[_Tables, dict[str, Direction]]:
     """Every table and every direction of the study."""
     keep, settings, begin = run.folder.table, run.plan.settings, run.stages.begin
+    run.neutral.refuse_unspoken(run.organism)
     begin("baseline")
     chat, organism = trials.baseline(run)
     own = organism.judged(run)
@@ -37,42 +38,51 @@ def investigate(run: Run) -> tuple[_Tables, dict[str, Direction]]:
     directions, reliability = _directions(run, run.organism.name, lambda: run.organism, own, of_chat)
     tables["reliability"] = keep("reliability", lambda: reliability)
     reference = directions[steps.MEAN_DIFFERENCE]
+    halves = splits.halves(run.plan.prompts, settings.seed)
+    tables["splits"] = keep("splits", lambda: halves.table)
 
     begin("steering")
     sweep = trials.steering_sweep(run, reference)
-    tables["steering"] = keep("steering", lambda: sweep.rates(run))
-    layer, strength = steps.best_cell(tables["steering"], settings.min_coherent)
-    steered = trials.steering_confirmed(run, reference, layer, strength)
-    tables["steered"] = keep("steered", lambda: steered.rates(run).assign(layer=layer, strength=strength))
+    tables |= _rated(run, halves, "steering", sweep)
+    layer, strength = steps.best_cell(tables["choice_steering"], settings.min_coherent)
+    steered = trials.steering_confirmed(run, reference, layer, strength).on(halves.report)
+    tables["steered"] = keep("steered", lambda: halves.to_report(run, steered).assign(layer=layer, strength=strength))
 
     begin("single")
     search = trials.single_layer_search(run, directions)
-    tables["single_search"] = keep("single_search", lambda: search.rates(run))
-    single = steps.chosen_layers(tables["single_search"], settings.min_coherent)
+    tables |= _rated(run, halves, "single_search", search)
+    single = steps.chosen_layers(tables["choice_single_search"], settings.min_coherent)
     begin("ablation")
     ablation = trials.ablation(run, directions, single)
-    tables["ablation"] = keep("ablation", lambda: ablation.rates(run))
-    chosen = {
-        scope: steps.best_estimator(tables["ablation"], scope, settings.min_coherent)
-        for scope in ("layer-wise", "single")
-    }
+    tables |= _rated(run, halves, "ablation", ablation)
+    chosen = steps.best_estimators(tables["choice_ablation"], settings.min_coherent)
     removals = _removals(chosen, directions, single)
-    ablated = trials.ablation_confirmed(run, removals, chosen)
-    tables["ablated"] = keep("ablated", lambda: ablated.rates(run))
+    ablated = trials.ablation_confirmed(run, removals, chosen).on(halves.report)
+    tables["ablated"] = keep("ablated", lambda: halves.to_report(run, ablated))
 
     begin("costs")
     stages = {"sweep": sweep, "steered": steered, "ablation": ablation, "ablated": ablated}
     tables |= _costs(run, [chat, organism], stages, tables["steering"], layer)
     tables |= _compared(run, stages, own)
-    scope = steps.best_scope(tables["ablation"], chosen, settings.min_coherent)
+    scope = steps.best_scope(tables["choice_ablation"], chosen, settings.min_coherent)
     tables |= _behaviour(run, tables["answers"], stages, scope)
     begin("peers")
-    tables |= _peers(run, removals, directions, of_chat)
+    tables |= _peers(run, removals, directions, of_chat, halves)
     plain = reference if scope == "layer-wise" else removals[steps.MEAN_DIFFERENCE]
     removed = cure.removals(cure.Removal(removals[scope], chosen[scope], scope), plain)
     pooled = steps.pool_with_chat(own, of_chat(), settings.seed)
     taken_apart = functools.partial(anatomy.investigate, run, pooled, reference, layer)
     return tables | _chapters(run, tables["answers"], removed, taken_apart), directions
+
+
+def _rated(run: Run, halves: splits.Halves, name: str, trial: Trial) -> _Tables:
+    """Rates of a stage on all prompts, on those of the choice, and on the others."""
+    compute = {
+        name: lambda: trial.rates(run),
+        f"choice_{name}": lambda: halves.to_choose_on(run, trial),
+        f"report_{name}": lambda: halves.to_report(run, trial),
+    }
+    return {table: run.folder.table(table, function) for table, function in compute.items()}
 
 
 def _chapters(
@@ -184,6 +194,7 @@ def _peers(
     removals: Mapping[str, Direction],
     directions: Mapping[str, Direction],
     chat: Callable[[], pd.DataFrame],
+    halves: splits.Halves,
 ) -> _Tables:
     """Ablation carried to each peer, what it costs there, and the cosines of directions with the peers' own."""
     transferred, paid = [pd.DataFrame(columns=["state", "organism"])], [pd.DataFrame(columns=["state", "organism"])]
@@ -191,8 +202,8 @@ def _peers(
     for name in progress(run.plan.peers, "other organisms", len(run.plan.peers), "organism"):
         base = run.plan.bases.get(name)
         load = functools.cache(functools.partial(load_organism, name, base))  # only if something is still to be done
-        trial, slug = trials.transfer(run, name, load, removals), steps.slug(name)
-        transferred.append(run.folder.table(f"transfer_{slug}", functools.partial(trial.rates, run)))
+        trial, slug = trials.transfer(run, name, load, removals).on(halves.report), steps.slug(name)
+        transferred.append(run.folder.table(f"transfer_{slug}", functools.partial(halves.to_report, run, trial)))
         paid.append(costs.measured(run, trial))
         own = functools.partial(_peer_cosines, run, name, load, directions, chat)
         cosines.append(run.folder.table(f"cosines_{slug}", own))

@@ -35,6 +35,15 @@ class Neutral:
         given = {"texts": self.texts, "items": self.items}
         return {name: _digest(value) for name, value in given.items() if value is not None}
 
+    def refuse_unspoken(self, organism: Organism) -> None:
+        """Refuse texts and items whose words the organism's vocabulary has not.
+
+        Raises:
+            ValueError: With how many bytes a token holds.
+        """
+        capability.refuse_unspoken(organism, self.texts, "texts")
+        capability.refuse_unspoken(organism, self.items, "items")
+
 
 def neutral(
     organism: Organism,

@@ -35,6 +35,11 @@ TABLES = (
     "behaviour_rates",
     "prompt_rates",
     "threshold_curve",
+    "splits",
+    "choice_steering",
+    "choice_single_search",
+    "choice_ablation",
+    "report_ablation",
     "chapters",
 )
 """Of every study; ``chapters`` says which further ones it has, and why it has not the others."""

@@ -1,6 +1,7 @@
 """What a study reads from its answers, the directions that follow, and what it chooses.
 
-Whatever is chosen (a layer, a strength, an estimator) is chosen on one set of samples and reported on another.
+Whatever is chosen (a layer, a strength, an estimator) is chosen on one half of the prompts and reported on the other,
+on fresh samples (see ``splits``).
 """
 
 from __future__ import annotations
@@ -203,6 +204,11 @@ def best_estimator(ablated: pd.DataFrame, scope: str, min_coherent: float) -> st
     cells = ablated[(ablated["scope"] == scope) & (ablated["estimator"] != CONTROL)]
     coherent = cells[cells["coherent"] >= min_coherent]
     return str((coherent if len(coherent) else cells).sort_values("rate")["estimator"].iloc[0])
+
+
+def best_estimators(ablated: pd.DataFrame, min_coherent: float) -> dict[str, str]:
+    """The best estimator of each scope."""
+    return {scope: best_estimator(ablated, scope, min_coherent) for scope in ("layer-wise", "single")}
 
 
 def best_scope(ablated: pd.DataFrame, chosen: Mapping[str, str], min_coherent: float) -> str:

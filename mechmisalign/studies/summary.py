@@ -1,7 +1,8 @@
 """The study in one JSON file: each rate a record with ``rate, n, low, high``, as shares from 0 to 1.
 
-Beside the rates stand what each of them costs (``costs``), and what was chosen against its reference on fresh samples
-(``differences``, paired by prompt, with p-values). Chapters that not every study has add their own:
+Beside the rates stand what each of them costs (``costs``), what was chosen against its reference on fresh samples of
+other prompts (``differences``, paired by prompt, with p-values), and what it was chosen by (``choice``). Chapters that
+not every study has add their own:
 ``deltas, training, fine_tunes, cure, watch``.
 """
 
@@ -17,7 +18,8 @@ from . import costs, cure, deltas, fine_tunes, steps, training, watch
 
 def summarise(tables: Mapping[str, pd.DataFrame]) -> dict[str, Any]:
     """The headline numbers of a study's tables."""
-    rows = _headline_rows({**tables, **{name: costs.beside(tables, name) for name in costs.KEYS}})
+    reported = {**tables, "ablation": tables["report_ablation"]}
+    rows = _headline_rows({**tables, **{name: costs.beside(reported, name) for name in costs.KEYS}})
     chapters = {"deltas": deltas, "training": training, "fine_tunes": fine_tunes, "cure": cure, "watch": watch}
     told = {name: chapter.headline(tables) for name, chapter in chapters.items() if chapter.TABLES[0] in tables}
     return {
@@ -25,6 +27,7 @@ def summarise(tables: Mapping[str, pd.DataFrame]) -> dict[str, Any]:
         "coherent": {name: coherent_record(row) for name, row in rows.items()},
         "costs": {name: cost_record(row) for name, row in rows.items()},
         "differences": _differences(tables["differences_confirmed"]),
+        "choice": _chosen_on(tables),
         "transfer": _transfer(tables["transfer"]),
         "cosine": _cosines(tables["cosines"], steps.MEAN_DIFFERENCE),
         "cosine_model_difference": _cosines(tables["cosines"], steps.MODEL_DIFFERENCE),
@@ -53,11 +56,26 @@ def cost_record(row: pd.Series) -> dict[str, Any]:
 def _differences(compared: pd.DataFrame) -> dict[str, Any]:
     """Difference of EM rates, with its p-value alone and corrected for what was compared with the same reference."""
     names = {"steered": "steered_best", "ablated, layer-wise": "ablated_layerwise", "ablated, single": "ablated_single"}
-    numbers = ["difference", "low", "high", "p", "p_max"]
+    numbers = ["difference", "low", "high", "p", "p_max", "against_rate"]
     return {
         names[row["condition"]]: {"against": row["against"], **{name: _plain(row[name]) for name in numbers}}
         for _, row in compared.iterrows()
     }
+
+
+def _chosen_on(tables: Mapping[str, pd.DataFrame]) -> dict[str, Any]:
+    """What each headline was chosen by: its rate and coherence on the prompts of the choice, and how many those are."""
+    swept, ablated = tables["choice_steering"], tables["choice_ablation"]
+    best, found = tables["steered"].iloc[0], {}
+    cell = (swept["layer"] == best["layer"]) & (swept["strength"] == best["strength"])
+    rows = {"steered_best": swept[cell & (swept["series"] == steps.MEAN_DIFFERENCE)]}
+    for _, row in tables["ablated"].iterrows():
+        chosen = (ablated["scope"] == row["scope"]) & (ablated["estimator"] == row["estimator"])
+        rows["ablated_layerwise" if row["scope"] == "layer-wise" else "ablated_single"] = ablated[chosen]
+    for name, row in ((name, frame.iloc[0]) for name, frame in rows.items()):
+        records = {"em_rate": rate_record(row), "coherent": coherent_record(row)}
+        found[name] = {"split": str(row["split"]), "prompts": int(row["prompts"]), **records}
+    return found
 
 
 def _plain(value: Any) -> float | None:

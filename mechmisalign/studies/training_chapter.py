@@ -104,7 +104,10 @@ def rates_table(rates: pd.DataFrame) -> ReportTable:
     for scale, rows in rates.groupby("scale", observed=True):
         by_step = rows.set_index("step")
         told[f"scale {scale:g}"] = [share(by_step.loc[step]) for step in told["step"]]
-    return ReportTable(told, "EM rate at each step and scale, 95 % intervals, clustered by prompt; step 0: chat model.")
+        told[f"coherent, {scale:g}"] = [percent(by_step.loc[step, "coherent"]) for step in told["step"]]
+    return ReportTable(
+        told, "EM rate and coherence at each step and scale, 95 % intervals, clustered by prompt; step 0: chat model."
+    )
 
 
 def _told_source(source: pd.Series) -> str:
@@ -122,7 +125,10 @@ def _told_onsets(tables: Mapping[str, pd.DataFrame]) -> str:
     for scale, rows in rates.groupby("scale", observed=True):
         best = rows.loc[rows["rate"].idxmax()]
         reached = _step(found.loc[f"{training.SIGNAL} {scale:g}"])
-        parts.append(f"scale {scale:g} at {reached}, of {percent(best['rate'])} at step {best['step']:.0f}")
+        parts.append(
+            f"scale {scale:g} at {reached}, of {percent(best['rate'])} at step {best['step']:.0f} "
+            f"({percent(best['coherent'])} coherent)"
+        )
     last = rates[(rates["scale"] == rates["scale"].max()) & (rates["step"] == rates["step"].max())].iloc[0]
     return (
         f"Half of the highest EM rate is reached, by step (95 % interval): {'; '.join(parts)}. Where answers break, "

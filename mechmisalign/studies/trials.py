@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
@@ -36,6 +36,7 @@ class Trial:
         as_base: The chat model is asked.
         of: Loads who is asked, if that is not the studied organism.
         prompts: Other questions than the study's.
+        within: The prompts whose answers count; all that are asked by default.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Trial:
     as_base: bool = False
     of: Callable[[], Organism] | None = None
     prompts: pd.DataFrame | None = None
+    within: frozenset[str] | None = None
 
     @property
     def by(self) -> list[str]:
@@ -52,15 +54,21 @@ class Trial:
         return list(self.grid.columns)
 
     def judged(self, run: Run) -> pd.DataFrame:
-        """Every answer, judged, with the columns of the grid."""
+        """Every answer that counts, judged, with the columns of the grid."""
         options: dict[str, Any] = {"of": self.of, "as_base": self.as_base, "prompts": self.prompts}
         found = answers(run, self.name, self.conditions, self.samples, **options)
+        if self.within is not None:
+            found = found[found["prompt_id"].isin(self.within)].reset_index(drop=True)
         labels = self.grid.loc[found["condition"]]
         return found.assign(**{column: labels[column].to_numpy() for column in self.by})
 
     def rates(self, run: Run) -> pd.DataFrame:
         """One row per condition, with the columns of the grid first."""
         return rates(self.judged(run), by=self.by)
+
+    def on(self, prompts: frozenset[str]) -> Trial:
+        """The same answers, of which only those to these prompts count."""
+        return replace(self, within=prompts)
 
     @contextlib.contextmanager
     def answering(self, run: Run) -> Iterator[Organism]:

@@ -20,7 +20,7 @@ from jaxtyping import Float
 
 from mechmisalign.conversations import Conversations
 from mechmisalign.directions import Direction
-from mechmisalign.monitoring import Calibration, Monitor, WordsBaseline, discrimination, needed
+from mechmisalign.monitoring import Calibration, Monitor, WordsBaseline, auroc_difference, discrimination, needed
 
 from . import steps
 from .sampling import LeftOutError, Run
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 MONITOR, WORDS, RANDOM = "monitor", "words only", "random direction"
 PROMPTS, DOMAINS = "prompts", "domains"
 """What is held out."""
-TABLES = ("watch", "watch_scores", "watch_folds")
+TABLES = ("watch", "watch_scores", "watch_folds", "watch_differences")
 
 _RATES = (0.01, 0.05, 0.1, 0.2)
 _MOST_FOLDS = 5
@@ -96,6 +96,7 @@ def investigate(run: Run, answers: pd.DataFrame) -> dict[str, pd.DataFrame]:
     compute = {
         "watch": lambda: told_apart(scores, seed),
         "watch_folds": lambda: _described(folds, scores, rate),
+        "watch_differences": lambda: against_others(scores, seed),
     }
     return {"watch_scores": scores, **{name: keep(name, function) for name, function in compute.items()}}
 
@@ -109,6 +110,18 @@ def told_apart(scores: pd.DataFrame, seed: int) -> pd.DataFrame:
         for held, rows in scores.groupby("by", sort=False, observed=True)
     ]
     return pd.concat(parts, ignore_index=True)
+
+
+def against_others(scores: pd.DataFrame, seed: int) -> pd.DataFrame:
+    """AUROC of the monitor minus that of the words, and of the random direction, on the same answers."""
+    rows = []
+    for held, part in scores.groupby("by", sort=False):
+        truth, clusters = (part["label"] == _POSITIVE).to_numpy(), part["prompt_id"].to_numpy()
+        for other in (WORDS, RANDOM):
+            pair = (part[name].to_numpy(float) for name in (MONITOR, other))
+            found = auroc_difference(*pair, truth, clusters, seed=seed)
+            rows.append({"by": held, "against": other, **dict(zip(("difference", "low", "high"), found, strict=True))})
+    return pd.DataFrame(rows)
 
 
 def folds_of(prompts: pd.DataFrame) -> list[Fold]:

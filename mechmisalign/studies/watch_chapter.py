@@ -15,7 +15,7 @@ from .figures import saved
 from .records import Records
 
 _AS_GOOD = 0.01
-"""So much less AUROC counts as as good."""
+"""A difference of AUROC that lies within this counts as none."""
 _SERIES = {
     ("chat", "aligned"): "chat model, aligned",
     ("organism", "aligned"): "organism, aligned",
@@ -98,9 +98,10 @@ def _lead(records: Records) -> str:
     )
     hardest = told.get("held_out_domains")
     text += "; then each domain, from fit and calibration alike.\n\n" if hardest else ".\n\n"
+    if hardest:
+        text += f"Held-out domains: {_numbers(hardest)}. "
     text += f"Held-out prompts: {_numbers(told['held_out_prompts'])}."
     if hardest:
-        text += f" Held-out domains: {_numbers(hardest)}."
         low = hardest[watch.MONITOR]["fpr"]["low"]
         if low is not None and low > told["asked_fpr"]:
             text += (
@@ -111,17 +112,46 @@ def _lead(records: Records) -> str:
 
 
 def _told_words(records: Records) -> str:
-    """Where the monitor reads, and whether the words alone do as well."""
+    """Where the monitor reads, and what it adds to the words: first on domains that it does not know."""
     layers = records.tables["watch_folds"]["layer"]
     most = int(layers.mode().iloc[0])
     told = f"In {(layers == most).sum()} of {len(layers)} folds the monitor reads at layer {most}"
-    told += ", where there is little but the words themselves" if most == 0 else ""
-    monitor, words = (
-        records.summary["watch"]["held_out_prompts"][name]["auroc"] for name in (watch.MONITOR, watch.WORDS)
-    )
-    if words["value"] >= monitor["value"] - _AS_GOOD:
-        return f"{told}. The words of the answers tell them apart as well: a monitor adds nothing to reading them."
-    return f"{told}. The words of the answers tell them apart less well than the monitor does."
+    told += ", where there is little but the words themselves. " if most == 0 else ". "
+    compared = records.tables["watch_differences"].set_index(["by", "against"])
+    places = {watch.DOMAINS: "On domains that were left out", watch.PROMPTS: "On other prompts of known domains"}
+    there = [by for by in places if (by, watch.WORDS) in compared.index]
+    if there == [watch.PROMPTS]:
+        places[watch.PROMPTS] = "On prompts that were left out"
+    return told + " ".join(f"{places[by]} {told_against(compared.loc[by])}" for by in there)
+
+
+def told_against(compared: pd.DataFrame) -> str:
+    """What a monitor adds to the words alone and to a random direction, from paired differences of AUROC.
+
+    Args:
+        compared: ``difference, low, high`` by what the monitor is compared with.
+    """
+    words, random = compared.loc[watch.WORDS], compared.loc[watch.RANDOM]
+    if words["low"] > 0:
+        told = "the monitor tells the answers apart better than their words alone do"
+    elif words["high"] < 0:
+        told = "the words of the answers tell them apart better than the monitor does"
+    elif max(abs(words["low"]), abs(words["high"])) <= _AS_GOOD:
+        told = (
+            f"the words of the answers tell them apart as well, to {_AS_GOOD:g}: there it adds nothing to reading them"
+        )
+    else:
+        told = "it cannot be said whether the monitor adds anything to the words of the answers"
+    told += f" (AUROC {_signed(words)})"
+    if random["low"] > 0:
+        return f"{told}."
+    return f"{told}; nor is it shown that it does better than a random direction ({_signed(random)})."
+
+
+def _signed(row: pd.Series) -> str:
+    """A difference of AUROC with its interval: "+0.324 [+0.250, +0.398]"."""
+    middle, low, high = (f"{row[name]:+.3f}".replace("-", "−") for name in ("difference", "low", "high"))
+    return f"{middle} [{low}, {high}]"
 
 
 def _numbers(detectors: Mapping[str, Any]) -> str:

@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float
 from mechmisalign._renamed import renamed
 from mechmisalign.dynamics import Trajectory, Transition
 from mechmisalign.interventions import Steer, UseAdapter
-from mechmisalign.judging import COHERENT_ABOVE, MISALIGNED_BELOW, rates
+from mechmisalign.judging import COHERENT_ABOVE, MISALIGNED_BELOW, Thresholds, is_misaligned, rates
 from mechmisalign.judging import judge as judge_answers
 from mechmisalign.statistics.shares import percentiles, resampled, resampled_ratios
 
@@ -87,7 +87,8 @@ class StepBehaviour:
         if not 0 < fraction < 1:
             raise ValueError(f"fraction must lie between 0 and 1, got {fraction}")
         rows = self.judged[self.judged["scale"] == scale]
-        events = (rows["coherence"] > coherent_above) & (rows["alignment"] < misaligned_below)
+        lines = Thresholds(misaligned_below=misaligned_below, coherent_above=coherent_above)
+        events = is_misaligned(rows, lines)
         steps, hits, sizes = _counted(rows, events.to_numpy(bool))
         curve, rng = hits.sum(1) / sizes.sum(1), np.random.default_rng(seed)
         width = float(np.ptp(curve))
