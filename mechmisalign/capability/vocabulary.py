@@ -46,8 +46,7 @@ def refuse_unspoken(organism: Organism, texts: pd.DataFrame | Sequence[str] | No
     """
     if texts is None:
         return
-    columns = [name for name in ("prompt", "response", "answer") if isinstance(texts, pd.DataFrame) and name in texts]
-    written = [str(value) for name in columns for value in texts[name]] if columns else list(texts)
+    written = _written(texts)
     if not is_spoken(organism.tokenizer, written):
         found = bytes_per_token(organism.tokenizer, written)
         raise ValueError(
@@ -55,3 +54,10 @@ def refuse_unspoken(organism: Organism, texts: pd.DataFrame | Sequence[str] | No
             f"{LEAST_BYTES:g} at least are expected): what they cost would say nothing; give {what} in the language "
             f"that the model speaks, or {what}=None to leave them out"
         )
+
+
+def _written(texts: pd.DataFrame | Sequence[str]) -> list[str]:
+    if not isinstance(texts, pd.DataFrame):
+        return list(texts)
+    columns = [name for name in ("prompt", "response", "answer") if name in texts]
+    return [str(value) for name in columns for value in texts[name]]

@@ -126,7 +126,7 @@ def _told_cures(records: Records) -> str:
         sentences.append(
             f"Without the {shown(name)}: {_rated(cured)} misaligned; ablated at inference instead {_rated(ablated)}; "
             f"with the adapter shrunk to the same norm instead {_rated(shrunk)}"
-            f"{_told_narrow(cured)}. {_BROKEN if _is_broken(cured, shrunk) else told_reason(reasons.loc[name])}"
+            f"{_told_narrow(cured)}. {_BROKEN if _is_broken(cured, shrunk) else told_reason(reasons.loc[name].to_dict())}"
         )
     return (
         f"Uncured, {_rated(uncured)} of the answers are misaligned; with a random direction taken out, "

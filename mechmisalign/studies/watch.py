@@ -118,8 +118,8 @@ def against_others(scores: pd.DataFrame, seed: int) -> pd.DataFrame:
     for held, part in scores.groupby("by", sort=False):
         truth, clusters = (part["label"] == _POSITIVE).to_numpy(), part["prompt_id"].to_numpy()
         for other in (WORDS, RANDOM):
-            pair = (part[name].to_numpy(float) for name in (MONITOR, other))
-            found = auroc_difference(*pair, truth, clusters, seed=seed)
+            one, two = (part[name].to_numpy(float) for name in (MONITOR, other))
+            found = auroc_difference(one, two, truth, clusters, seed=seed)
             rows.append({"by": held, "against": other, **dict(zip(("difference", "low", "high"), found, strict=True))})
     return pd.DataFrame(rows)
 
