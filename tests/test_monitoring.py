@@ -475,7 +475,7 @@ def test_a_difference_of_aurocs_is_paired_and_has_a_width_where_both_are_perfect
     rng = np.random.default_rng(0)
     truth, prompts = np.tile([True, False], 60), np.repeat(np.arange(60), 2)
     hard = rng.normal(0, 1, 60)[prompts]  # a prompt shifts both detectors alike
-    good, worse = (truth * gain + hard + rng.normal(0, 0.3, 120) for gain in (2.0, 1.5))
+    good, worse = (truth * gain + hard + rng.normal(0, 0.3, 120) for gain in (2.0, 1.8))
     value, low, high = mm.monitoring.auroc_difference(good, worse, truth, prompts)
     one, two = (mm.monitoring.auroc(scores, truth, prompts) for scores in (good, worse))
     assert value == pytest.approx(one.value - two.value) and low <= value <= high

@@ -120,13 +120,14 @@ def _told_edit(records: Records) -> str:
 def _told_cures(records: Records) -> str:
     cures = records.summary["cure"]["cures"]
     uncured, random = cures[cure.UNCURED], cures[cure.RANDOM]
-    reasons, sentences = records.tables["cure_reasons"].set_index("estimator"), []
+    reasons = records.tables["cure_reasons"].set_index("estimator").to_dict("index")
+    sentences = []
     for name in records.summary["cure"]["removed_share"]:
         cured, ablated, shrunk = (cures[each.format(name)] for each in (cure.CURED, cure.ABLATED, cure.SHRUNK))
         sentences.append(
             f"Without the {shown(name)}: {_rated(cured)} misaligned; ablated at inference instead {_rated(ablated)}; "
             f"with the adapter shrunk to the same norm instead {_rated(shrunk)}"
-            f"{_told_narrow(cured)}. {_BROKEN if _is_broken(cured, shrunk) else told_reason(reasons.loc[name].to_dict())}"
+            f"{_told_narrow(cured)}. {_BROKEN if _is_broken(cured, shrunk) else told_reason(reasons[name])}"
         )
     return (
         f"Uncured, {_rated(uncured)} of the answers are misaligned; with a random direction taken out, "
