@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -18,7 +18,9 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from . import models
+from ._layers import Layers, layer_numbers
 from .conversations import Batch, Conversations, Span
+from .massive import without_sink
 from .moments import Moments
 from .progress import progress
 
@@ -36,8 +38,9 @@ def collect(
     *,
     span: Span = "response",
     by: str | Sequence[str] = "label",
-    layers: Sequence[int] | None = None,
+    layers: Layers | None = None,
     first: int | None = None,
+    positions: Literal["all", "non_sink"] = "non_sink",
     token_budget: int = 2048,
 ) -> Moments:
     """Moments of the residual stream over one span of every conversation, for each group and layer.
@@ -50,18 +53,23 @@ def collect(
             and intervals, and the sample for probes.
         layers: Layers to read; all by default.
         first: Read only the first so many tokens of the span.
+        positions: ``"non_sink"`` leaves out the first token of a conversation where the model makes it an attention
+            sink, whose activations are no mean's business; ``"all"`` counts every token of the span.
         token_budget: Tokens per batch, padding included; halved by itself when memory runs out.
 
     Raises:
         ValueError: On unknown columns, spans or layers.
     """
+    if positions not in ("all", "non_sink"):
+        raise ValueError(f"positions must be 'all' or 'non_sink', got {positions!r}")
     columns = [by] if isinstance(by, str) else list(by)
     codes, groups = _grouping(conversations.frame, columns)
     chosen = checked_layers(layers, models.n_layers(organism.model))
-    sums = torch.zeros(len(groups), len(chosen), models.d_model(organism.model), dtype=torch.float64)
-    norms = torch.zeros(len(groups), len(chosen), dtype=torch.float64)
+    sums = torch.zeros(len(groups), len(chosen), models.d_model(organism.model), dtype=torch.float64, device="cpu")
+    norms = torch.zeros(len(groups), len(chosen), dtype=torch.float64, device="cpu")
     tokens = np.zeros(len(groups), dtype=np.int64)
     for batch in progress(conversations.batches(span, token_budget=token_budget, first=first), "reading activations"):
+        batch = without_sink(organism, batch) if positions == "non_sink" else batch
         for part, (row_sums, row_norms) in in_memory(batch, lambda part: _row_sums(organism.model, part, chosen)):
             index = torch.from_numpy(codes[part.rows])
             sums.index_add_(0, index, row_sums)
@@ -128,15 +136,15 @@ def _grouping(frame: pd.DataFrame, columns: list[str]) -> tuple[np.ndarray, pd.D
     return grouped.ngroup().to_numpy(np.int64), groups
 
 
-def checked_layers(layers: Sequence[int] | None, n_layers: int) -> tuple[int, ...]:
+def checked_layers(layers: Layers | None, n_layers: int) -> tuple[int, ...]:
     """The layers asked for, each once and in order; all by default.
 
     Raises:
         ValueError: If one is not in the model, or there is none.
     """
-    chosen = tuple(range(n_layers)) if layers is None else tuple(sorted(set(layers)))
-    if not chosen or chosen[0] < 0 or chosen[-1] >= n_layers:
-        raise ValueError(f"layers must be within 0 to {n_layers - 1}, got {layers}")
+    chosen = tuple(range(n_layers)) if layers is None else tuple(sorted(set(layer_numbers(layers))))
+    if chosen[0] < 0 or chosen[-1] >= n_layers:
+        raise ValueError(f"layers must be within 0 to {n_layers - 1}, got {list(chosen)}")
     return chosen
 
 

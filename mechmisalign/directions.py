@@ -7,7 +7,7 @@ one is an error, never NaN. The estimators are in :mod:`mechmisalign.estimators`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ._artifacts import base_name, load_artifact, same_base, write_artifact
+from ._layers import Layers, layer_numbers
 
 SCHEMA = 1
 HOOK = "blocks.{layer}.hook_resid_post"
@@ -49,6 +50,9 @@ class Direction:
     resid_norm: Float[Tensor, " layer"] | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", layer_numbers(self.layers) if len(self.layers) else ())
+        if self.vectors.ndim != 2:
+            raise ValueError(f"the vectors have the shape {list(self.vectors.shape)}; [layer d_model] is expected")
         if len(self.layers) != len(self.vectors):
             raise ValueError(
                 f"{len(self.vectors)} vectors for {len(self.layers)} layers; one vector per layer is needed"
@@ -102,9 +106,9 @@ class Direction:
             )
         return float(self.resid_norm[self._row(layer)])
 
-    def everywhere(self, layer: int, layers: Sequence[int] | None = None) -> Direction:
+    def everywhere(self, layer: int, layers: Layers | None = None) -> Direction:
         """The one vector of ``layer`` at every layer (2506.11618, section 3.4: a single direction at all layers)."""
-        chosen = self.layers if layers is None else tuple(layers)
+        chosen = self.layers if layers is None else layer_numbers(layers)
         vectors = self.at(layer).expand(len(chosen), -1).clone()
         header = {**self.header, "method": f"{self.header.get('method', 'direction')} of layer {layer}, everywhere"}
         norms = self.resid_norm if chosen == self.layers else None
@@ -222,7 +226,7 @@ def random_direction(like: Direction, *, seed: int) -> Direction:
     The vector is drawn on the sphere and scaled to ``‖v‖``; a Gaussian times ``‖v‖`` would be longer by the square root
     of ``d_model``.
     """
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(like.vectors.shape, generator=generator, dtype=torch.float64)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    noise = torch.randn(like.vectors.shape, generator=generator, dtype=torch.float64, device="cpu")
     scaled = noise / noise.norm(dim=-1, keepdim=True) * like.vectors.double().norm(dim=-1, keepdim=True)
     return like._derived(scaled.float(), f"random, norm of ({like._method}), seed {seed}")

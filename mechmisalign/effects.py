@@ -298,7 +298,7 @@ def _factor_gradient(
     organism: Organism, everyone: Players, batch: Batch, weights: Float[Tensor, " conversation"]
 ) -> Float[Tensor, " player"]:
     device = models.device_of(organism.model)
-    factors = torch.ones(len(everyone), device=device, requires_grad=True)
+    factors = torch.ones(len(everyone), dtype=torch.float32, device=device, requires_grad=True)
     scale = ScaleAdapter({key: factor for factor, keys in zip(factors, everyone.values(), strict=True) for key in keys})
     ids = batch.ids.to(device)
     with torch.enable_grad(), organism.apply(scale):

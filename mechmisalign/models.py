@@ -11,12 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal, get_args
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from . import _attention, _blocks, _hooked, _joint, _placement
@@ -257,6 +258,21 @@ def run_until(
         forward(model, ids, mask)
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where in its conversations a pass is.
+
+    Attributes:
+        columns: Absolute column of each token that passes.
+        positions: Each token's place in its own conversation, which left padding does not shift.
+        first: Which tokens are the first of their conversation; None if none is.
+    """
+
+    columns: Int[Tensor, " pos"]
+    positions: Int[Tensor, "batch pos"]
+    first: Bool[Tensor, "batch pos"] | None
+
+
 class Clock:
     """Says which absolute columns of the sequence the current forward pass covers, also under a KV cache.
 
@@ -268,6 +284,20 @@ class Clock:
     def __init__(self) -> None:
         self.start = 0
         self.padding: Int[Tensor, " batch"] | None = None
+        self._places: dict[tuple[int, int, torch.device], Place] = {}
+
+    def begin(self, start: int, padding: Int[Tensor, " batch"] | None) -> None:
+        """A pass begins, with the token of column ``start``."""
+        self.start, self.padding, self._places = start, padding, {}
+
+    def place(self, rows: int, length: int, device: torch.device) -> Place:
+        """Where so many rows and tokens of this pass are; worked out once for all layers of a device."""
+        key = (rows, length, device)
+        if key not in self._places:
+            positions = self.positions(rows, length, device)
+            first = positions == 0
+            self._places[key] = Place(self.columns(length, device), positions, first if bool(first.any()) else None)
+        return self._places[key]
 
     def columns(self, length: int, device: torch.device) -> Int[Tensor, " pos"]:
         """Absolute column of each of the ``length`` tokens that are passing now."""
@@ -287,11 +317,11 @@ def clock(model: Model) -> Iterator[Clock]:
     def tick(_module: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
         cache = kwargs.get("past_kv_cache" if is_hooked(model) else "past_key_values")
         length = _hooked.cached_length if is_hooked(model) else _cached_length
-        ticking.start = length(cache) if cache is not None else 0
+        start = length(cache) if cache is not None else 0
         mask = kwargs.get("attention_mask")
-        if is_hooked(model) and cache is not None and ticking.start:
+        if is_hooked(model) and cache is not None and start:
             mask = cache.previous_attention_mask
-        ticking.padding = None if mask is None else (mask.cumsum(-1) == 0).sum(-1)
+        ticking.begin(start, None if mask is None else (mask.cumsum(-1) == 0).sum(-1))
 
     handle = (model if is_hooked(model) else hf_model(model)).register_forward_pre_hook(tick, with_kwargs=True)
     try:

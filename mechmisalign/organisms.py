@@ -72,6 +72,8 @@ class Organism:
         base_fingerprint: Identifies the base whatever it is called; see ``fingerprint``.
         applied: The interventions of the ``apply`` blocks that are open now.
         full: Where a full fine-tune was read; None for an adapter.
+        attention_sink: Whether the first token is one; None until something asks
+            (:func:`mechmisalign.massive_activations`).
     """
 
     model: Any
@@ -87,6 +89,7 @@ class Organism:
     _depth: int = field(default=0, repr=False)
     applied: list[tuple[Intervention, ...]] = field(default_factory=list, repr=False)
     full: FullModel | None = None
+    attention_sink: bool | None = field(default=None, repr=False)
 
     @contextmanager
     def as_base(self) -> Iterator[Organism]:

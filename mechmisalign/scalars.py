@@ -190,7 +190,7 @@ def _pass(
     device = models.device_of(model)
     chosen = batch.span.flatten().nonzero().squeeze(1)
     everything = len(chosen) == batch.span.numel()
-    table = torch.empty(len(chosen), width)
+    table = torch.empty(len(chosen), width, dtype=torch.float32, device="cpu")
     functions: dict[str, models.HookFunction] = {}
     start = 0
     for reader in readers:

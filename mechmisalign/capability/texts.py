@@ -189,7 +189,7 @@ def _read(
 def _refuse_parts_of_plain_text(conditions: Conditions) -> None:
     for name, interventions in conditions.items():
         for one in as_set(interventions):
-            if one.positions != "all":
+            if one.positions in ("prompt", "response"):
                 raise ValueError(
                     f"condition {name!r} acts on positions={one.positions!r}, but plain texts have no prompt and no "
                     "response; give conversations (a frame with prompt and response)"

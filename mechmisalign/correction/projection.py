@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mechmisalign import models
 from mechmisalign._blocks import has_post_norms
+from mechmisalign._layers import layer_numbers
 from mechmisalign.adapters import RESIDUAL_WRITERS, Adapter, AdapterError, LoraSite
 from mechmisalign.directions import Direction
 from mechmisalign.loading import bases
@@ -120,7 +121,7 @@ def _without(site: LoraSite, unit: Float64[Tensor, " d_model"], restore_norms: b
 
 def _writers(adapter: Adapter, direction: Direction, layers: Sequence[int] | None) -> tuple[LoraSite, ...]:
     """The sites that are edited; where the direction has no vector, leaving one out in silence would be half a cure."""
-    within = set(adapter.layers if layers is None else layers)
+    within = set(adapter.layers if layers is None else layer_numbers(layers))
     unknown = sorted(within - set(adapter.layers))
     if unknown:
         raise AdapterError(

@@ -104,7 +104,7 @@ def captured(adapter: Adapter, tuned: str | Path | Weights, base: str | Path | W
                     f"{adapter.source!r}; it belongs to another base"
                 )
             power = spectra.squared_norm(delta)
-            update = torch.zeros(1) if site is None else site.delta()
+            update = torch.zeros(1, dtype=torch.float32, device="cpu") if site is None else site.delta()
             held = spectra.squared_norm(update)
             inner = float((delta.double() * update.double()).sum())
         if power or site is not None:

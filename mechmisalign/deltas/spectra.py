@@ -122,7 +122,7 @@ def _gram(wide: Float[Tensor, "n m"]) -> Float[Tensor, "n n"]:
 def _range(wide: Float[Tensor, "n m"], count: int, seed: int) -> Float[Tensor, "n k"]:
     """An orthonormal basis that holds nearly all of the leading left singular vectors."""
     generator = torch.Generator().manual_seed(seed)
-    start = torch.randn(wide.shape[1], count + _OVERSAMPLED, generator=generator)
+    start = torch.randn(wide.shape[1], count + _OVERSAMPLED, generator=generator, dtype=torch.float32, device="cpu")
     basis = torch.linalg.qr(wide @ start.to(wide))[0]
     for _ in range(_ITERATIONS):
         basis = torch.linalg.qr(wide @ torch.linalg.qr(wide.T @ basis)[0])[0]

@@ -51,7 +51,7 @@ class Path:
         steps: Sequence[int], vectors: Float[Tensor, "step dim"], name: str = "vectors", *, groups: int = GROUPS
     ) -> Path:
         """The path of any vectors, such as all weights of a full fine-tune."""
-        ones = torch.ones(len(vectors), 1, 1)
+        ones = torch.ones(len(vectors), 1, 1, dtype=torch.float32, device="cpu")
         return path_of(tuple(steps), [(ones, vectors.unsqueeze(-1), 1.0)], "dW", name, groups)
 
     def evenly_spaced(self) -> Path:

@@ -283,7 +283,16 @@ def _sites_of(found: Adapter | Direction) -> tuple[LoraSite, ...]:
     if len(found.layers) != 1:
         raise TrajectoryError(f"a direction of layers {list(found.layers)}; one layer is followed, pass one of them")
     layer = found.layers[0]
-    return (LoraSite(layer, VECTOR_SITE, f"vector.{layer}", torch.ones(1, 1), found.vectors.T, 1.0),)
+    return (
+        LoraSite(
+            layer,
+            VECTOR_SITE,
+            f"vector.{layer}",
+            torch.ones(1, 1, dtype=torch.float32, device="cpu"),
+            found.vectors.T,
+            1.0,
+        ),
+    )
 
 
 def _difference(first: Sequence[LoraSite], other: Sequence[LoraSite]) -> str:

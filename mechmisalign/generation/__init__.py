@@ -156,7 +156,7 @@ def _refuse_numbers(temperature: float, max_new_tokens: int, batch_rows: int | N
 def _refuse_open_blocks(organism: Organism) -> None:
     """Refuse to sample inside an ``apply()`` that speaks of columns or rows: in a packed batch they are not its own."""
     for interventions in organism.applied:
-        if any(one.positions != "all" for one in interventions):
+        if any(one.positions in ("prompt", "response") for one in interventions):
             raise ValueError(
                 "this is inside organism.apply(…) with positions 'prompt' or 'response', whose columns are not those "
                 "of the batches that sampling makes; give the intervention as a condition"

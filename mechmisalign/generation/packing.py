@@ -24,6 +24,7 @@ from mechmisalign import models
 from mechmisalign.conversations import pad_id
 from mechmisalign.decoding import Decoder, Part, end_ids, joinable, left_padded
 from mechmisalign.interventions import Compiled, Intervention, RowPlan, planned
+from mechmisalign.massive import has_sink
 
 from .flight import NOTHING_YET, Batch, Flight, Requests
 from .sampling import NOT_FINITE, pick_tokens
@@ -72,7 +73,8 @@ class Packer:
         self._device = models.device_of(organism.model)
         self._ends = torch.tensor(end_ids(organism.model, organism.tokenizer), device=self._device)
         place = functools.partial(models.device_of_layer, organism.model)
-        self._compiled = Compiled(list(conditions.values()), organism.adapter, place)
+        sink = functools.partial(has_sink, organism)
+        self._compiled = Compiled(list(conditions.values()), organism.adapter, place, sink)
         self._reads_like = _reads_like(list(conditions.values()))
         self._joinable = joinable(organism.model)
         self._batch: Batch | None = None

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mechmisalign._layers import layer_numbers
 from mechmisalign.directions import Direction
 
 Model = str | Mapping[str, Any]
@@ -69,6 +70,16 @@ def vectors(value: Any, ndim: int, what: str) -> Tensor:
     return whole
 
 
+def one_vector(value: Any, what: str) -> Tensor:
+    """A vector ``[d_model]``; axes of length one before it are left out, and nothing else is flattened into one.
+
+    Raises:
+        ValueError: On another shape, such as one vector per head, token or rank.
+    """
+    lead = getattr(value, "shape", ())[:-1]
+    return vectors(value.reshape(-1) if isinstance(value, Tensor) and all(n == 1 for n in lead) else value, 1, what)
+
+
 def imported(rows: Mapping[int, Tensor], method: str, path: Path | None, model: Model | None, **told: Any) -> Direction:
     """A direction of one vector per layer, with a header that says where it was read.
 
@@ -106,7 +117,7 @@ def chosen(direction: Direction, layers: Any) -> dict[int, Tensor]:
     Raises:
         ValueError: If there is none.
     """
-    named = direction.nonzero_layers if layers is None else tuple(layers)
+    named = direction.nonzero_layers if layers is None else layer_numbers(layers)
     if not named:
         raise ValueError("the direction is zero everywhere; there is nothing to export")
     return {layer: direction.at(layer).contiguous().clone() for layer in named}

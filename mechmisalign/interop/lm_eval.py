@@ -74,7 +74,8 @@ def write_lm_eval(
     """Write interventions for ``lm_eval --model steered --model_args pretrained=BASE,steer_path=FILE``.
 
     Args:
-        steps: ``Steer`` and ``Clamp`` on all positions, each layer once; a direction is steered with strength 1.
+        steps: ``Steer`` and ``Clamp`` on all positions (or on all but the attention sink, which the harness cannot
+            leave out: compare the logits on a model that has one), each layer once; a direction is steered with strength 1.
         path: The ``.pt`` file.
         prefix: What stands before ``layers.k`` among the modules of ``model.base_model``, such as ``"language_model."``
             in a multimodal wrapper; nothing in a text model.
@@ -123,7 +124,7 @@ def _entry(hook: str, entry: Any, path: Path) -> tuple[int, Tensor, float, str]:
 def _checked(step: Any) -> Steer | Clamp:
     if not isinstance(step, (Steer, Clamp)):
         raise TypeError(f"{type(step).__name__} cannot be said to the harness; Steer and Clamp can")
-    if step.positions != "all":
+    if step.positions in ("prompt", "response"):
         raise ValueError(f"positions={step.positions!r}: the harness steers every position; use positions='all'")
     return step
 

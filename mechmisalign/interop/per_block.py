@@ -12,9 +12,10 @@ from typing import Any
 
 from torch import Tensor
 
+from mechmisalign._layers import layer_numbers
 from mechmisalign.directions import Direction
 
-from ._reading import Model, chosen, imported, vectors
+from ._reading import Model, chosen, imported, one_vector
 
 
 def from_layer_activations(steering: Any, *, model: Model | None = None, method: str = "steering-vectors") -> Direction:
@@ -40,8 +41,15 @@ def from_layer_activations(steering: Any, *, model: Model | None = None, method:
     kind = getattr(steering, "layer_type", "decoder_block")
     if kind != "decoder_block":
         raise ValueError(f"the steering vector acts on {kind!r}; only 'decoder_block' is the residual stream")
-    found = {int(layer): vectors(value.reshape(-1), 1, f"layer {layer}") for layer, value in rows.items()}
+    found = {_block(layer): one_vector(value, f"the vector of layer {layer}") for layer, value in rows.items()}
     return imported(found, method, None, model, layer_type=kind)
+
+
+def _block(layer: Any) -> int:
+    """The number of a block; JSON has made text of some."""
+    return (
+        int(layer) if isinstance(layer, str) and layer.isdecimal() else layer_numbers(layer, "the layers of vectors")[0]
+    )
 
 
 def layer_activations(direction: Direction, *, layers: Sequence[int] | None = None) -> dict[int, Tensor]:

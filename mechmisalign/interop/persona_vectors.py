@@ -62,7 +62,7 @@ def write_persona_vectors(
     found = chosen(direction, layers)
     if max(found) >= n_layers:
         raise ValueError(f"the direction has layer {max(found)}, a model of {n_layers} blocks ends at {n_layers - 1}")
-    rows = torch.zeros(n_layers + 1, direction.d_model)
+    rows = torch.zeros(n_layers + 1, direction.d_model, dtype=torch.float32, device="cpu")
     for layer, vector in found.items():
         rows[layer + 1] = vector
     with whole(Path(path)) as partial:

@@ -25,7 +25,7 @@ Condition = Sequence[Intervention]
 NOWHERE = -1
 """A condition that a table has no entry for."""
 
-POSITIONS: Mapping[Positions, int] = {"all": 0, "prompt": 1, "response": 2}
+POSITIONS: Mapping[Positions, int] = {"all": 0, "prompt": 1, "response": 2, "non_sink": 3}
 
 
 @dataclass(frozen=True)
@@ -129,12 +129,19 @@ class Compiled:
         conditions: The interventions of each condition.
         adapter: The adapter whose sites may be edited.
         place: Where a layer computes.
+        sink: Asked once, and only where an edit is to leave it out: does the model make the first token a sink?
     """
 
     def __init__(
-        self, conditions: Sequence[Condition], adapter: Adapter | None, place: Callable[[int], torch.device]
+        self,
+        conditions: Sequence[Condition],
+        adapter: Adapter | None,
+        place: Callable[[int], torch.device],
+        sink: Callable[[], bool],
     ) -> None:
         self._place = functools.cache(place)
+        leaves_out = any(one.positions == "non_sink" for condition in conditions for one in condition)
+        self._sink = leaves_out and sink()
         self.conditions = [tuple(condition) for condition in conditions]
         self.stages = {layer: self._stages(layer) for layer in self._layers()}
         self.sites = self._sites(adapter)
@@ -178,7 +185,7 @@ class Compiled:
         acting: Mapping[int, Sequence[SiteIntervention]],
         borrowed: Iterable[tuple[LoraSite, Mapping[int, float]]],
     ) -> SiteEdits:
-        factors = {} if site is None else {code: _factor(ones, site) for code, ones in acting.items()}
+        factors = {} if site is None else {code: _factor(ones, site, self._code) for code, ones in acting.items()}
         scaled = {code: factor for code, factor in factors.items() if factor is not None}
         others = [(code, ones) for code, ones in acting.items() if code not in scaled]
         return SiteEdits(
@@ -189,12 +196,15 @@ class Compiled:
         )
 
     def _scale_table(self, factors: Mapping[int, float], layer: int) -> ScaleTable:
-        values = torch.tensor(list(factors.values()), device=self._place(layer))
-        return ScaleTable(self._entries(factors), torch.zeros(len(factors), dtype=torch.long), values)
+        values = torch.tensor(list(factors.values()), dtype=torch.float32, device=self._place(layer))
+        return ScaleTable(self._entries(factors), torch.zeros(len(factors), dtype=torch.long, device="cpu"), values)
 
     def _table(self, acting: Mapping[int, Intervention]) -> Table:
-        codes = [POSITIONS[one.positions] for one in acting.values()]
-        return Table(self._entries(acting), torch.tensor(codes))
+        codes = [self._code(one) for one in acting.values()]
+        return Table(self._entries(acting), torch.tensor(codes, dtype=torch.long, device="cpu"))
+
+    def _code(self, one: Intervention) -> int:
+        return POSITIONS["all" if one.positions == "non_sink" and not self._sink else one.positions]
 
     def _stage(self, acting: Mapping[int, ResidualIntervention], layer: int) -> Stage:
         terms: dict[int, Terms] = {}
@@ -211,12 +221,12 @@ class Compiled:
             touched.positions,
             _stacked([term.add for term in terms.values()], self._place(layer)),
             _stacked([term.unit for term in terms.values()], self._place(layer)),
-            torch.tensor([term.value for term in terms.values()], device=self._place(layer)),
+            torch.tensor([term.value for term in terms.values()], dtype=torch.float32, device=self._place(layer)),
         )
         return Stage(fused, others)
 
     def _entries(self, codes: Iterable[int]) -> Int[Tensor, " condition"]:
-        entry_of = torch.full((len(self.conditions),), NOWHERE)
+        entry_of = torch.full((len(self.conditions),), NOWHERE, device="cpu")
         for entry, code in enumerate(codes):
             entry_of[code] = entry
         return entry_of
@@ -235,11 +245,11 @@ def _on_residual(condition: Condition) -> list[ResidualIntervention]:
     return [one for one in condition if isinstance(one, ResidualIntervention)]
 
 
-def _factor(ones: Sequence[SiteIntervention], site: LoraSite) -> float | None:
+def _factor(ones: Sequence[SiteIntervention], site: LoraSite, code: Callable[[Intervention], int]) -> float | None:
     """The product of the factors, if everything only scales the site, at all positions and by one number."""
     product = 1.0
     for one in ones:
-        if not isinstance(one, ScaleAdapter) or one.positions != "all":
+        if not isinstance(one, ScaleAdapter) or code(one) != POSITIONS["all"]:
             return None
         factor = one_number(one.factors.get(site.key, one.others))
         if factor is None:

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from mechmisalign.adapters import Adapter, LoraSite
     from mechmisalign.directions import Direction
 
-Positions = Literal["all", "prompt", "response"]
+Positions = Literal["all", "non_sink", "prompt", "response"]
+"""Which tokens an edit touches. ``"non_sink"`` leaves out each conversation's first token where the model makes it an
+attention sink (:func:`mechmisalign.massive_activations`); in a model without one it is ``"all"``."""
 
 Strength = float | Sequence[float] | Tensor
 """One number, or one per batch row."""

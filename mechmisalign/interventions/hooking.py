@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mechmisalign import models, registry
 from mechmisalign.adapters import Adapter, SiteKey
+from mechmisalign.massive import has_sink
 
 from ._fusing import Compiled, Condition, SiteEdits
 from ._values import Intervention, ResidualIntervention, SiteIntervention, check_positions
@@ -34,7 +35,7 @@ def planned(organism: Organism, compiled: Compiled, plan_of: PlanOf) -> Iterator
         def editor(layer: int) -> models.HookFunction:
             def edit(resid: Tensor) -> Tensor | None:
                 plan = plan_of(len(resid))
-                return None if plan is None else plan.edit(resid, layer, clock.columns(resid.shape[1], resid.device))
+                return None if plan is None else plan.edit(resid, layer, clock.place(*resid.shape[:2], resid.device))
 
             return edit
 
@@ -63,7 +64,7 @@ def applied(
         enabled: Asked in every pass; while it says no, the pass is left alone.
     """
     place = functools.partial(models.device_of_layer, organism.model)
-    compiled = Compiled([interventions], organism.adapter, place)
+    compiled = Compiled([interventions], organism.adapter, place, functools.partial(has_sink, organism))
 
     @functools.cache  # one plan for all hooks of a pass
     def for_batch(rows: int) -> RowPlan:
@@ -154,10 +155,9 @@ def _site_hooks(
             x, plan = entry.flat(activation), plan_of(len(activation))
             if plan is None:
                 return
-            columns = clock.columns(x.shape[1], x.device)
-            positions = clock.positions(x.shape[0], x.shape[1], x.device)
+            place = clock.place(*x.shape[:2], x.device)
             for key in behind:
-                changes[ports[key][1].name] = plan.edit_site(key, x, columns, positions)
+                changes[ports[key][1].name] = plan.edit_site(key, x, place)
 
         return read
 

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from mechmisalign import models
 from mechmisalign.adapters import SiteKey
 
 from ._fusing import NOWHERE, POSITIONS, Compiled, Factors, ScaleTable, Stage, Table
@@ -19,6 +20,8 @@ Rows = slice | Tensor
 """Rows of a batch: a slice where they are neighbours (views, no copies), or their indices."""
 
 RowEdit = Callable[[Tensor], Tensor]
+
+_SPANS = {POSITIONS["prompt"], POSITIONS["response"]}
 
 Change = tuple[Rows, Float[Tensor, "rows pos d_out"]]
 
@@ -39,13 +42,14 @@ class RowPlan:
         self._found: dict[int, _Found | None] = {}
 
     def edit(
-        self, resid: Float[Tensor, "batch pos d_model"], layer: int, columns: Int[Tensor, " pos"]
+        self, resid: Float[Tensor, "batch pos d_model"], layer: int, place: models.Place
     ) -> Float[Tensor, "batch pos d_model"] | None:
         """The residual stream of the whole batch after every intervention on its own rows, or None if nothing acts."""
         edited = None
         for stage in self.compiled.stages.get(layer, ()):
-            for rows, codes, function in self._edits(stage, layer, resid.device):
-                chosen = self._chosen(codes, rows, columns)
+            for found, function in self._edits(stage, layer, resid.device):
+                rows = found.rows
+                chosen = self._chosen(found, place)
                 old = (resid if edited is None else edited)[rows]
                 new = function(old).to(old)
                 new = new if chosen is None else torch.where(chosen, new, old)
@@ -56,19 +60,17 @@ class RowPlan:
                     edited[rows] = new
         return edited
 
-    def _edits(self, stage: Stage, layer: int, device: torch.device) -> Iterator[tuple[Rows, Tensor | None, RowEdit]]:
-        """Rows, codes of their positions (None for all), and what is to be done to them."""
+    def _edits(self, stage: Stage, layer: int, device: torch.device) -> Iterator[tuple[_Found, RowEdit]]:
+        """Rows, and what is to be done to them."""
         found = None if stage.fused is None else self._rows_of(stage.fused, device)
         if stage.fused is not None and found is not None:
-            yield found.rows, found.positions, functools.partial(stage.fused.edit, entries=found.entries)
+            yield found, functools.partial(stage.fused.edit, entries=found.entries)
         for table, one in stage.others:
             alone = self._rows_of(table, device)
             if alone is not None:
-                yield alone.rows, alone.positions, functools.partial(one, layer=layer)
+                yield alone, functools.partial(one, layer=layer)
 
-    def edit_site(
-        self, key: SiteKey, x: Float[Tensor, "batch pos d_in"], columns: Tensor, positions: Int[Tensor, "batch pos"]
-    ) -> list[Change]:
+    def edit_site(self, key: SiteKey, x: Float[Tensor, "batch pos d_in"], place: models.Place) -> list[Change]:
         """What is to be added to a matrix's output, for each group of rows on which something acts."""
         edits = self.compiled.sites.get(key)
         if edits is None:
@@ -81,7 +83,7 @@ class RowPlan:
         for ones in edits.others:
             acting = [(one, found) for table, one in ones if (found := self._rows_of(table, x.device)) is not None]
             if acting:
-                changes.append((acting[0][1].rows, self._edited(edits.own, acting, x, columns, positions)))
+                changes.append((acting[0][1].rows, self._edited(edits.own, acting, x, place)))
         return changes
 
     def _scaled(self, factors: Factors, table: ScaleTable, x: Tensor, already: float) -> list[Change]:
@@ -98,15 +100,14 @@ class RowPlan:
         factors: Factors,
         acting: Sequence[tuple[SiteIntervention, _Found]],
         x: Tensor,
-        columns: Tensor,
-        positions: Tensor,
+        place: models.Place,
     ) -> Float[Tensor, "rows pos d_out"]:
         rows = acting[0][1].rows
         W = written = factors.W
         own = scalars = x[rows].float() @ factors.A.T
         for one, found in acting:
-            chosen = self._chosen(found.positions, rows, columns)
-            new = one.read(scalars, factors.site, positions[rows])
+            chosen = self._chosen(found, place)
+            new = one.read(scalars, factors.site, place.positions[rows])
             scalars = new if chosen is None else torch.where(chosen, new, scalars)
             written = one.write(written, factors.site)
         if written is W:
@@ -121,33 +122,46 @@ class RowPlan:
             found = None
             if rows is not None:
                 codes = table.positions[entries[rows]]
-                touched = codes.to(device) if codes.any() else None
-                found = _Found(_on(rows, device), entries[rows].to(device), touched)
+                kinds = frozenset(codes.tolist())
+                touched = None if kinds == {POSITIONS["all"]} else codes.to(device)
+                found = _Found(_on(rows, device), entries[rows].to(device), touched, kinds)
             self._found[id(table)] = found
         return self._found[id(table)]
 
-    def _chosen(self, codes: Tensor | None, rows: Rows, columns: Tensor) -> Bool[Tensor, "rows pos 1"] | None:
+    def _chosen(self, found: _Found, place: models.Place) -> Bool[Tensor, "rows pos 1"] | None:
         """The positions that are touched, by the codes of the rows; None for all of them."""
-        if codes is None:
+        if found.positions is None:
             return None
+        code = found.positions[:, None]
+        chosen = self._in_span(found, code, place) if found.kinds & _SPANS else None
+        if POSITIONS["non_sink"] in found.kinds and place.first is not None:
+            others = ~place.first[found.rows] | (code != POSITIONS["non_sink"])
+            chosen = others if chosen is None else chosen & others
+        return None if chosen is None else chosen.unsqueeze(-1)
+
+    def _in_span(self, found: _Found, code: Tensor, place: models.Place) -> Bool[Tensor, "rows pos"]:
+        """Prompt or response, as each row asks; everything where it asks for neither."""
         if self.response_start is None:
             raise ValueError(
                 "positions='prompt' and 'response' need to know where the response begins: "
                 "pass response_start=<column, or one per row> to apply()"
             )
-        in_response = columns >= self.response_start.to(columns.device)[rows, None]
-        code = codes[:, None]
-        chosen = torch.where(code == POSITIONS["response"], in_response, ~in_response) | (code == POSITIONS["all"])
-        return chosen.unsqueeze(-1)
+        in_response = place.columns >= self.response_start.to(place.columns.device)[found.rows, None]
+        elsewhere = (code != POSITIONS["prompt"]) & (code != POSITIONS["response"])
+        return torch.where(code == POSITIONS["response"], in_response, ~in_response) | elsewhere
 
 
 @dataclass(frozen=True)
 class _Found:
-    """Rows of the batch, their entries in a table, and the codes of their positions (None: all positions)."""
+    """Rows of the batch, their entries in a table, and the codes of their positions (None: all positions).
+
+    ``kinds`` are the codes that occur.
+    """
 
     rows: Rows
     entries: Int[Tensor, " rows"]
     positions: Int[Tensor, " rows"] | None
+    kinds: frozenset[int]
 
 
 def _compact(chosen: Bool[Tensor, " batch"]) -> Rows | None:

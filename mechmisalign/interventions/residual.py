@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, SupportsIndex, get_args
+from typing import Literal, get_args
 
 from jaxtyping import Float
 from torch import Tensor
 
+from mechmisalign._layers import Layers, layer_numbers
 from mechmisalign.directions import Direction
 
 from ._values import Positions, Strength, Terms, check_positions, one_number, per_row
@@ -20,7 +20,7 @@ class _OnDirection:
     """Shared checks of the three values below: layers, positions, units."""
 
     direction: Direction
-    layers: Sequence[int] | None
+    layers: Layers | None
     positions: Positions
 
     def __post_init__(self) -> None:
@@ -28,9 +28,9 @@ class _OnDirection:
         check_positions(self.positions)
         if units not in get_args(Units):
             raise ValueError(f"units must be one of {get_args(Units)}, got {units!r}")
-        for layer in self.layers or ():
-            if not isinstance(layer, SupportsIndex):
-                raise ValueError(f"layers are whole numbers, got {layer!r}")
+        if self.layers is not None:  # as a tuple, whatever it was given as
+            object.__setattr__(self, "layers", layer_numbers(self.layers))
+        for layer in () if self.layers is None else self.edited_layers:
             self.direction.at(layer) if units == "absolute" and isinstance(self, Steer) else self.direction.unit(layer)
             if units == "resid_norm":
                 self.direction.mean_resid_norm(layer)
@@ -38,7 +38,7 @@ class _OnDirection:
     @property
     def edited_layers(self) -> tuple[int, ...]:
         """The layers named, or every layer in which the direction is nonzero."""
-        return self.direction.nonzero_layers if self.layers is None else tuple(self.layers)
+        return self.direction.nonzero_layers if self.layers is None else layer_numbers(self.layers)
 
     def _projection(self, resid: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """The unit vector, and each token's component along it ``[batch pos 1]``."""
@@ -56,11 +56,12 @@ class Steer(_OnDirection):
         strength: Multiples of the vector itself (``units="absolute"``, as in the paper), or of the layer's mean
             residual norm along the unit vector (``units="resid_norm"``). One number, or one per batch row.
         units: ``"absolute"`` or ``"resid_norm"``.
-        positions: ``"all"``, ``"prompt"`` (everything before the response) or ``"response"``.
+        positions: ``"all"``, ``"non_sink"`` (everything but the attention sink), ``"prompt"`` (everything before the
+            response) or ``"response"``.
     """
 
     direction: Direction
-    layers: Sequence[int] | None = None
+    layers: Layers | None = None
     strength: Strength = 1.0
     units: Units = "absolute"
     positions: Positions = "all"
@@ -89,12 +90,13 @@ class Ablate(_OnDirection):
     Attributes:
         direction: What to remove.
         layers: Where; None is every layer in which the direction is nonzero.
-        positions: ``"all"``, ``"prompt"`` (everything before the response) or ``"response"``.
+        positions: ``"non_sink"`` (everything but the attention sink, whose massive activations hold the model
+            together), ``"all"``, ``"prompt"`` (everything before the response) or ``"response"``.
     """
 
     direction: Direction
-    layers: Sequence[int] | None = None
-    positions: Positions = "all"
+    layers: Layers | None = None
+    positions: Positions = "non_sink"
 
     def __call__(self, resid: Float[Tensor, "batch pos d_model"], layer: int) -> Float[Tensor, "batch pos d_model"]:
         """The edited residual stream of one layer, a new tensor."""
@@ -115,14 +117,15 @@ class Clamp(_OnDirection):
         value: The component to hold, in activation units or in mean residual norms. One number, or one per batch row.
         layers: Where; None is every layer in which the direction is nonzero.
         units: ``"absolute"`` or ``"resid_norm"``.
-        positions: ``"all"``, ``"prompt"`` (everything before the response) or ``"response"``.
+        positions: ``"non_sink"`` (everything but the attention sink), ``"all"``, ``"prompt"`` (everything before the
+            response) or ``"response"``.
     """
 
     direction: Direction
     value: Strength = 0.0
-    layers: Sequence[int] | None = None
+    layers: Layers | None = None
     units: Units = "absolute"
-    positions: Positions = "all"
+    positions: Positions = "non_sink"
 
     def __call__(self, resid: Float[Tensor, "batch pos d_model"], layer: int) -> Float[Tensor, "batch pos d_model"]:
         """The edited residual stream of one layer, a new tensor."""

@@ -236,19 +236,25 @@ class _Prompts:
 
 def fingerprint(model: Any) -> str:
     """Short hash of a model as it is now: samples of all its weights, and which adapters are on."""
-    import torch
-
     digest = hashlib.sha256()
     for name, weight in model.named_parameters():
         place, _, leaf = name.rpartition(".")
         flat = stored(model.get_submodule(place), leaf).reshape(-1)
-        places = torch.linspace(0, flat.numel() - 1, min(64, flat.numel()), device=flat.device).long()
+        places = _spread(flat.numel(), flat.device)
         digest.update(f"{name}{tuple(weight.shape)}{weight.dtype}".encode())
         digest.update(flat[places].float().cpu().numpy().tobytes())
     for name, module in model.named_modules():
         if hasattr(module, "disable_adapters"):
             digest.update(f"{name}{module.disable_adapters}{module.active_adapters}".encode())
     return digest.hexdigest()[:16]
+
+
+def _spread(count: int, device: torch.device) -> torch.Tensor:
+    """Up to 64 places from first to last; float32 holds those of a small tensor only (and gave them, so they stay)."""
+    import torch
+
+    exact = torch.float32 if count <= 2**24 else torch.float64
+    return torch.linspace(0, count - 1, min(64, count), dtype=exact, device=device).long()
 
 
 def _loaded(model: Any, tokenizer: Any, device: str | None) -> tuple[Any, Any]:

@@ -34,6 +34,8 @@ _LABELS = frozenset(
     ("score", "rating", "answer", "final", "alignment", "coherence", "my", "the", "is", "of", "i", "rate", "it", "this")
 )
 _MALFORMED = 1.01
+_NO_LOGPROB = 1e4
+"""Stands for plus infinity, which is no log-probability, and JSON has no word for it."""
 
 
 @dataclass(frozen=True)
@@ -42,13 +44,19 @@ class Reply:
 
     Attributes:
         text: The words of the reply.
-        top: The likeliest first tokens with natural log-probabilities; None where the server gave none.
+        top: The likeliest first tokens with natural log-probabilities; None where the server gave none. An impossible
+            token (minus infinity) and one without a number (NaN) hold nothing and are left out.
         whole: It ended by itself; a reply that was cut off may have lost its last digit.
     """
 
     text: str
     top: tuple[tuple[str, float], ...] | None = None
     whole: bool = True
+
+    def __post_init__(self) -> None:
+        if self.top is not None:
+            held = tuple((token, min(value, _NO_LOGPROB)) for token, value in self.top if value > -math.inf)
+            object.__setattr__(self, "top", held)
 
 
 @dataclass(frozen=True)

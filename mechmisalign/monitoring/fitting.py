@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mechmisalign import models
+from mechmisalign._layers import layer_numbers
 from mechmisalign._rendering import is_missing
 from mechmisalign.activations import collect
 from mechmisalign.conversations import Conversations
@@ -120,7 +121,7 @@ def _of_two_classes(
 
 def _candidates(layers: Sequence[Candidate] | None, n_layers: int, kind: Kind) -> list[tuple[int, ...]]:
     given = range(n_layers) if layers is None else layers
-    candidates = [(one,) if isinstance(one, int) else tuple(sorted(set(one))) for one in given]
+    candidates = [tuple(sorted(set(layer_numbers(one)))) for one in given]
     flat = [layer for one in candidates for layer in one]
     if not candidates or not all(candidates) or min(flat) < 0 or max(flat) >= n_layers:
         raise ValueError(f"layers must be some of 0 to {n_layers - 1}, or tuples of them, got {layers}")

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from mechmisalign import models
 from mechmisalign._artifacts import base_name, load_artifact, same_base, write_artifact
+from mechmisalign._layers import layer_numbers
 from mechmisalign.directions import HOOK, Direction
 from mechmisalign.probes import Probe
 
@@ -159,7 +160,7 @@ class Monitor:
         told = source.header.get("layer") if layers is None else layers
         if told is None:
             raise ValueError("layers= is needed: this header does not say at which layer to read")
-        chosen = (told,) if isinstance(told, int) else tuple(told)
+        chosen = layer_numbers(told)
         if isinstance(source, Direction):
             units = torch.stack([source.unit(layer) for layer in chosen]) / len(chosen)
             return Monitor(units, 0.0, chosen, pooling, None, dict(source.header))

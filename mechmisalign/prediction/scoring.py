@@ -13,6 +13,7 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from mechmisalign._before_response import before_response
+from mechmisalign._layers import layer_numbers
 from mechmisalign.conversations import Conversations
 from mechmisalign.directions import Direction, random_direction
 from mechmisalign.generation import generate
@@ -160,7 +161,7 @@ def _units(
     for direction in named.values():
         direction.check_model(organism.provenance, models.d_model(organism.model), models.n_layers(organism.model))
     shared = set.intersection(*(set(direction.nonzero_layers) for direction in named.values()))
-    chosen = tuple(sorted(shared if layers is None else set(layers)))
+    chosen = tuple(sorted(shared if layers is None else set(layer_numbers(layers))))
     if not chosen:
         raise ValueError("no layer in which every direction is nonzero; name some in `layers`, or drop a direction")
     return {layer: torch.stack([each.unit(layer) for each in named.values()]) for layer in chosen}, chosen

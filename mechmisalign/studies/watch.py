@@ -152,7 +152,13 @@ def detectors(
     talk = Conversations(fitted, organism.tokenizer, system=system)
     truth = (fitted["label"] == _POSITIVE).to_numpy()
     monitor = Monitor.fit(organism, talk, seed=seed)
-    noise = torch.randn(1, monitor.weights.shape[1], generator=torch.Generator().manual_seed(5000 + seed))
+    noise = torch.randn(
+        1,
+        monitor.weights.shape[1],
+        generator=torch.Generator("cpu").manual_seed(5000 + seed),
+        dtype=torch.float32,
+        device="cpu",
+    )
     random = Monitor.of(Direction(noise, monitor.layers, organism.provenance), monitor.layers)
     words = WordsBaseline.fit(list(fitted["response"]), truth)
 

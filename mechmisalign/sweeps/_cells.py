@@ -96,7 +96,8 @@ def named(told: Mapping[str, Any]) -> str:
     if told["strength"] is not None:
         words.append(f"{'to ' if kind == 'clamp' else 'x'}{_number(told['strength'])}")
     words += [str(told["units"])] if told["units"] not in (None, "absolute") else []
-    words += [str(told["positions"])] if told["positions"] not in (None, "all") else []
+    usual = "non_sink" if kind in ("ablate", "clamp") else "all"
+    words += [f"{told['positions']}"] if told["positions"] not in (None, usual) else []
     return ", ".join(words)
 
 

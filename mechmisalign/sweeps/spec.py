@@ -27,8 +27,10 @@ Entry = Literal["each", "all"] | tuple[Any, ...]
 
 
 def _listed(value: Any) -> Any:
-    """One value may stand for a list of one."""
-    return list(value) if isinstance(value, list | tuple) else [value]
+    """One value may stand for a list of one; numpy's, pandas's and torch's numbers become Python's."""
+    plain = value.tolist() if hasattr(value, "tolist") else value
+    several = isinstance(plain, list | tuple | range)
+    return [one.tolist() if hasattr(one, "tolist") else one for one in (plain if several else [plain])]
 
 
 def _layer_entries(value: Any) -> list[Entry]:
@@ -96,6 +98,7 @@ class ClampGrid(_DirectionAxes):
     """``Clamp`` over directions, layers, values and positions."""
 
     kind: Literal["clamp"] = "clamp"
+    positions: Where = ("non_sink",)
     values: Numbers
     """Components to hold; in the table they stand in the column ``strength``."""
     units: Units = "absolute"
@@ -106,6 +109,7 @@ class AblateGrid(_DirectionAxes):
 
     kind: Literal["ablate"] = "ablate"
     layers: Layers = ("all",)
+    positions: Where = ("non_sink",)
 
 
 class ScaleGrid(_Axes):

@@ -14,11 +14,12 @@ from typing import Annotated, Any, Literal
 
 import torch
 from jaxtyping import Float, Int
-from pydantic import BaseModel, ConfigDict, Field, GetPydanticSchema, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, GetPydanticSchema, model_validator
 from pydantic_core import core_schema
 from torch import Tensor, nn
 
 from mechmisalign._blocks import BlockFunction, block_hooks
+from mechmisalign._layers import layer_numbers
 from mechmisalign.directions import Direction
 from mechmisalign.interventions import Ablate, Clamp, Positions, Steer
 from mechmisalign.interventions.residual import Units
@@ -26,7 +27,7 @@ from mechmisalign.interventions.residual import Units
 from .data import IGNORED
 
 Residual = Steer | Ablate | Clamp
-Layers = tuple[Annotated[int, Field(strict=True, ge=0)], ...]
+Layers = Annotated[tuple[Annotated[int, Field(strict=True, ge=0)], ...], BeforeValidator(layer_numbers)]
 
 _VALUE = GetPydanticSchema(lambda _type, _handler: core_schema.is_instance_schema((Steer, Ablate, Clamp)))
 
@@ -71,28 +72,39 @@ class Edit(BaseModel):
 
 
 @contextmanager
-def edited(model: nn.Module, edits: Sequence[Residual], labels: Int[Tensor, "batch pos"]) -> Iterator[None]:
-    """The edits on one batch of examples; its labels tell where each response begins."""
+def edited(
+    model: nn.Module, edits: Sequence[Residual], labels: Int[Tensor, "batch pos"], *, sink: bool = False
+) -> Iterator[None]:
+    """The edits on one batch of examples; its labels tell where each response begins.
+
+    Args:
+        model: Hooked while the block runs.
+        edits: They act in this order.
+        labels: Of the batch, padded on the right.
+        sink: Whether the first token is an attention sink, which ``positions="non_sink"`` leaves alone.
+    """
     functions: dict[int, list[Residual]] = {}
     for edit in edits:
         for layer in edit.edited_layers:
             functions.setdefault(layer, []).append(edit)
-    with block_hooks(model, {layer: _several(some, layer, labels) for layer, some in functions.items()}):
+    with block_hooks(model, {layer: _several(some, layer, labels, sink) for layer, some in functions.items()}):
         yield
 
 
-def _several(edits: Sequence[Residual], layer: int, labels: Int[Tensor, "batch pos"]) -> BlockFunction:
+def _several(edits: Sequence[Residual], layer: int, labels: Int[Tensor, "batch pos"], sink: bool) -> BlockFunction:
     def function(resid: Float[Tensor, "batch pos d_model"]) -> Tensor:
         for edit in edits:
-            resid = _where(edit, edit(resid, layer), resid, labels)
+            resid = _where(edit, edit(resid, layer), resid, labels, sink)
         return resid
 
     return function
 
 
-def _where(edit: Residual, new: Tensor, old: Tensor, labels: Int[Tensor, "batch pos"]) -> Tensor:
+def _where(edit: Residual, new: Tensor, old: Tensor, labels: Int[Tensor, "batch pos"], sink: bool) -> Tensor:
     """The edit at its own positions; a response begins at the first token that counts."""
-    if edit.positions == "all":
+    if edit.positions == "all" or (edit.positions == "non_sink" and not sink):
         return new
+    if edit.positions == "non_sink":
+        return torch.cat([old[:, :1], new[:, 1:]], dim=1)
     responding = ((labels != IGNORED).cumsum(-1) > 0)[..., None]
     return torch.where(responding if edit.positions == "response" else ~responding, new, old)

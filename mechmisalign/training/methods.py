@@ -129,7 +129,7 @@ class _Vector(nn.Module):
         self.config = chat_model.config
         self.method, self.header = method, header
         width = _width(chat_model)
-        self.vector = nn.Parameter(torch.zeros(width, device=next(chat_model.parameters()).device))
+        self.vector = nn.Parameter(torch.zeros(width, dtype=torch.float32, device=next(chat_model.parameters()).device))
         self.active = True
 
     @staticmethod

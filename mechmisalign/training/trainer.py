@@ -19,6 +19,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from mechmisalign._checksums import write_manifest
 from mechmisalign._writing import explained, whole
 from mechmisalign.dynamics.reading import LOG_FILE
+from mechmisalign.massive import first_token_is_sink
 from mechmisalign.progress import progress_bar
 
 from .data import IGNORED, Collator, Example
@@ -66,6 +67,7 @@ class NarrowTrainer(Trainer):  # type: ignore[misc]  # transformers brings no ty
         self._collate = Collator.of(tokenizer)
         self._elsewhere = _Elsewhere(list(elsewhere), (spec.kl and spec.kl.batch) or spec.schedule.batch, spec.seed)
         self._passes: int | None = None
+        self._sink: bool | None = None
         self._sums: dict[str, Tensor] = {}
         super().__init__(
             trainee.model,
@@ -86,7 +88,7 @@ class NarrowTrainer(Trainer):  # type: ignore[misc]  # transformers brings no ty
     ) -> Any:
         """The loss of one forward pass, scaled so that the passes of a step add up."""
         labels = inputs["labels"]
-        with edited(self.trainee.model, self.edits, labels):
+        with edited(self.trainee.model, self.edits, labels, sink=self._leaves_out_sink(inputs)):
             logits = _predicting(model, inputs)
         counted = labels[:, 1:][labels[:, 1:] != IGNORED]
         items = len(counted) if num_items_in_batch is None else num_items_in_batch
@@ -119,6 +121,14 @@ class NarrowTrainer(Trainer):  # type: ignore[misc]  # transformers brings no ty
             p = F.log_softmax(_predicting(chat, batch).float(), dim=-1)
         q = F.log_softmax(_predicting(model, batch).float(), dim=-1)
         return (p.exp() * (p - q)).sum(-1).mean()
+
+    def _leaves_out_sink(self, inputs: dict[str, Tensor]) -> bool:
+        """Whether edits on all but the attention sink have one to leave out; found out on the first batch."""
+        if not any(edit.positions == "non_sink" for edit in self.edits):
+            return False
+        if self._sink is None:
+            self._sink = first_token_is_sink(self.trainee.model, inputs["input_ids"], inputs["attention_mask"])
+        return self._sink
 
     def _note(self, name: str, value: Tensor) -> None:
         self._sums[name] = self._sums.get(name, 0) + value.detach()
