@@ -109,7 +109,7 @@ STEER = {"kind": "steer", "directions": "mean", "strengths": 1}
         ),
         (
             {"interventions": [STEER | {"positions": "first"}]},
-            r"positions\[0\] is 'first': input should be 'all', 'prompt' or 'response'",
+            r"positions\[0\] is 'first': input should be 'all', 'non_sink', 'prompt' or 'response'",
         ),
         ({"interventions": [{"kind": "ablate"}]}, r"interventions\[0\].directions is missing"),
         ({"directions": {"a": {"random_like": "b"}}, "interventions": "none"}, "directions.a names the direction 'b'"),

@@ -75,7 +75,8 @@ def write_lm_eval(
 
     Args:
         steps: ``Steer`` and ``Clamp`` on all positions (or on all but the attention sink, which the harness cannot
-            leave out: compare the logits on a model that has one), each layer once; a direction is steered with strength 1.
+            leave out: compare the logits on a model that has one), each layer once; a direction is steered with
+            strength 1.
         path: The ``.pt`` file.
         prefix: What stands before ``layers.k`` among the modules of ``model.base_model``, such as ``"language_model."``
             in a multimodal wrapper; nothing in a text model.
