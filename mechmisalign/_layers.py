@@ -32,4 +32,4 @@ def _whole(value: Any, what: str) -> int:
             return index(value)
         except TypeError:
             pass
-    raise ValueError(f"{what} are whole numbers such as 3, got {value!r}")
+    raise ValueError(f"{what} are whole numbers, got {value!r}; name one such as 3")

@@ -11,20 +11,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal, get_args
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from . import _attention, _blocks, _hooked, _joint, _placement
+from ._clock import Clock as Clock
+from ._clock import Place as Place
 from ._matrices import Matrix as Matrix
 from ._matrices import Port as Port
 from ._placement import device_of as device_of
 from ._placement import device_of_layer as device_of_layer
+from ._threads import in_one_thread as in_one_thread
 
 Engine = Literal["bridge", "hooked"]
 Model = Any
@@ -190,7 +192,7 @@ def hf_model(model: Model) -> Model:
 def hooks(model: Model, functions: Mapping[str, HookFunction]) -> Iterator[None]:
     """Attach ``functions[name](activation) -> replacement or None`` while the block runs; always detached after it."""
     wrapped = [(name, _ignoring_hook_point(function)) for name, function in functions.items()]
-    with model.hooks(fwd_hooks=wrapped):
+    with in_one_thread(model), model.hooks(fwd_hooks=wrapped):
         yield
 
 
@@ -205,7 +207,7 @@ def forward(
     """Logits of one uncached forward pass; ``mask`` is 1 on real tokens and always given."""
     if is_hooked(model):
         return model(ids, attention_mask=mask, return_type="logits")
-    with _attention.fused(hf_model(model)):
+    with in_one_thread(model), _attention.fused(hf_model(model)):
         logits: Tensor = hf_model(model)(input_ids=ids, attention_mask=mask, use_cache=False).logits
     return logits.to(ids.device)
 
@@ -225,7 +227,7 @@ def cached_forward(
     if is_hooked(model):
         return _hooked.next_logits(model, ids, mask, cache)
     positions = (mask.cumsum(-1) - 1).clamp_min(0)[:, -ids.shape[1] :]
-    with _attention.fused(hf_model(model)):
+    with in_one_thread(model), _attention.fused(hf_model(model)):
         output = hf_model(model)(
             input_ids=ids,
             attention_mask=mask,
@@ -256,57 +258,6 @@ def run_until(
 
     with residual_hooks(model, {**functions, last: then_stop}), suppress(_LastLayerReached):
         forward(model, ids, mask)
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where in its conversations a pass is.
-
-    Attributes:
-        columns: Absolute column of each token that passes.
-        positions: Each token's place in its own conversation, which left padding does not shift.
-        first: Which tokens are the first of their conversation; None if none is.
-    """
-
-    columns: Int[Tensor, " pos"]
-    positions: Int[Tensor, "batch pos"]
-    first: Bool[Tensor, "batch pos"] | None
-
-
-class Clock:
-    """Says which absolute columns of the sequence the current forward pass covers, also under a KV cache.
-
-    Attributes:
-        start: Column of the first token that is passing now.
-        padding: Columns of padding on the left of each row, ``[batch]``; None where the pass has no mask.
-    """
-
-    def __init__(self) -> None:
-        self.start = 0
-        self.padding: Int[Tensor, " batch"] | None = None
-        self._places: dict[tuple[int, int, torch.device], Place] = {}
-
-    def begin(self, start: int, padding: Int[Tensor, " batch"] | None) -> None:
-        """A pass begins, with the token of column ``start``."""
-        self.start, self.padding, self._places = start, padding, {}
-
-    def place(self, rows: int, length: int, device: torch.device) -> Place:
-        """Where so many rows and tokens of this pass are; worked out once for all layers of a device."""
-        key = (rows, length, device)
-        if key not in self._places:
-            positions = self.positions(rows, length, device)
-            first = positions == 0
-            self._places[key] = Place(self.columns(length, device), positions, first if bool(first.any()) else None)
-        return self._places[key]
-
-    def columns(self, length: int, device: torch.device) -> Int[Tensor, " pos"]:
-        """Absolute column of each of the ``length`` tokens that are passing now."""
-        return torch.arange(self.start, self.start + length, device=device)
-
-    def positions(self, rows: int, length: int, device: torch.device) -> Int[Tensor, "batch pos"]:
-        """Each token's place in its own conversation, which left padding does not shift (below 0 in the padding)."""
-        padding = torch.zeros(rows, dtype=torch.long) if self.padding is None else self.padding
-        return self.columns(length, device)[None] - padding.to(device)[:, None]
 
 
 @contextmanager

@@ -100,7 +100,7 @@ class Organism:
         fine-tune's wait beside them (two models' memory); on an accelerator each is overwritten in turn and read back
         from the fine-tune's files at the end, so memory grows by one tensor, and each way reads one checkpoint.
         """
-        with nullcontext() if self._depth else self._without_adapter():
+        with models.in_one_thread(self.model), nullcontext() if self._depth else self._without_adapter():
             self._depth += 1
             try:
                 yield self

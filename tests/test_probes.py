@@ -223,9 +223,17 @@ def test_a_row_split_leaks_on_near_duplicates_and_a_grouped_one_does_not():
     assert abs(accuracy["grouped", "shuffled labels"] - 0.5) < 0.15
 
 
+def test_a_probe_without_a_feature_left_is_refused_instead_of_scoring_chance():
+    features, labels, groups = planted(width=9)
+    with pytest.raises(ValueError, match="kept no feature in any of 5 splits"):
+        leak(features, labels, groups, probe=logistic("l1", C=1e-5), repeats=5)
+
+
 def test_the_papers_setting_runs_as_published():
     features, labels, groups = planted(width=9)
-    frame = leak(features, labels, groups)
+    with pytest.raises(ValueError, match="kept no feature"):  # its C is for tens of thousands of tokens
+        leak(features, labels, groups)
+    frame = leak(features, labels, groups, probe=logistic("l1", C=1.0, max_iter=1000))
     accuracy = frame[frame["metric"] == "accuracy"].set_index(["split", "series"])["score"]
     assert accuracy["rows", "probe"] == pytest.approx(
         accuracy["grouped", "probe"], abs=0.05

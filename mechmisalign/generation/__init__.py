@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from mechmisalign import models
 from mechmisalign.conversations import render_rows
 from mechmisalign.decoding import end_ids
 from mechmisalign.interventions import check_fits
@@ -88,7 +89,8 @@ def generate(
         batch_rows=batch_rows,
         workers=workers,
     )
-    return pd.concat(list(parts)).sort_index()
+    with models.in_one_thread(organism.model):
+        return pd.concat(list(parts)).sort_index()
 
 
 def generate_rows(

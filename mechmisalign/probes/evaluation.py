@@ -95,6 +95,7 @@ def evaluate(
     examples = _examples(matrix, labels, groups, units)
     folds = _reading_folds(examples, design)
     weights = fit_folds(probe, matrix, [fold for series in folds.values() for fold in series])
+    _refuse_empty(weights, len(folds[PROBE]), len(matrix))
     scores = pd.concat(
         [
             _scored(weights, matrix, folds),
@@ -193,6 +194,15 @@ def leak(
         for split in splits
     ]
     return pd.concat(parts, ignore_index=True)[["split", "series", "metric", "score", "low", "high"]]
+
+
+def _refuse_empty(weights: Weights, count: int, rows: int) -> None:
+    """Refuse a probe whose regularisation took every feature away: its AUROC of .5 would say nothing of them."""
+    if count and not weights.coef[:count].any():
+        raise ValueError(
+            f"the probe kept no feature in any of {count} splits of {rows} rows, so it would score chance whatever the "
+            "features hold: regularise less (probe=mm.probes.logistic('l1', C=1.0)), or give more rows"
+        )
 
 
 def metric_scores(truth: Bool[np.ndarray, " n"], margins: Float[np.ndarray, " n"]) -> dict[str, float]:
