@@ -16,7 +16,8 @@ def layer_numbers(layers: Layers | Any, what: str = "layers") -> tuple[int, ...]
     Raises:
         ValueError: If there is none, or one is no whole number (``True`` and ``2.0`` are none).
     """
-    given = [layers] if isinstance(layers, (str, bytes)) or _is_single(layers) else list(layers)
+    several: Any = layers
+    given = [layers] if isinstance(layers, (str, bytes)) or _is_single(layers) else list(several)
     if not given:
         raise ValueError(f"{what} is empty; name at least one layer, or leave it out for the default")
     return tuple(_whole(one, what) for one in given)

@@ -35,7 +35,11 @@ def planned(organism: Organism, compiled: Compiled, plan_of: PlanOf) -> Iterator
         def editor(layer: int) -> models.HookFunction:
             def edit(resid: Tensor) -> Tensor | None:
                 plan = plan_of(len(resid))
-                return None if plan is None else plan.edit(resid, layer, clock.place(*resid.shape[:2], resid.device))
+                return (
+                    None
+                    if plan is None
+                    else plan.edit(resid, layer, clock.place(resid.shape[0], resid.shape[1], resid.device))
+                )
 
             return edit
 
@@ -155,7 +159,7 @@ def _site_hooks(
             x, plan = entry.flat(activation), plan_of(len(activation))
             if plan is None:
                 return
-            place = clock.place(*x.shape[:2], x.device)
+            place = clock.place(x.shape[0], x.shape[1], x.device)
             for key in behind:
                 changes[ports[key][1].name] = plan.edit_site(key, x, place)
 
