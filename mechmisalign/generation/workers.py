@@ -33,7 +33,7 @@ _MOST_PARAMETERS = 30_000_000
 def useful_workers(model: models.Model) -> int:
     """How many processes sample faster than one: as many as threads for a small model on a Linux CPU, otherwise 1."""
     forks = sys.platform == "linux" and not multiprocessing.current_process().daemon
-    if not forks or models.device_of(model).type != "cpu" or torch.cuda.is_initialized():
+    if not forks or models.device_of(model).type != "cpu" or torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         return 1
     size = sum(parameter.numel() for parameter in model.parameters())
     return torch.get_num_threads() if size <= _MOST_PARAMETERS else 1
