@@ -16,8 +16,11 @@ import torch
 from torch import Tensor
 
 from . import registry
+from ._adapter_config import check_settings
+from ._adapter_places import of_gguf, refuse_other_places
 from ._checksums import DamagedFileError, read_tensors
 from ._hub import HubError, commit_of, fetch, is_hub_id
+from ._pretrained import refuse_lfs_pointer
 from ._saved_adapters import CONFIG_FILE as CONFIG_FILE
 from ._saved_adapters import WEIGHTS_FILE as WEIGHTS_FILE
 from ._saved_adapters import check_config
@@ -87,6 +90,7 @@ def adapter_from_tensors(
     pairs = _paired(_of_language_model(tensors, source), source)
     wrapper = _wrapper(pairs, source)
     sites = [_site(name, pair["A"], pair["B"], config, source) for name, pair in pairs.items()]
+    _refuse_shared_keys(sites, source)
     return Adapter(
         sites=tuple(
             replace(site, name=unwrapped(site.name, wrapper))
@@ -145,6 +149,7 @@ def refuse_unsupported(config: Mapping[str, Any], source: str) -> None:
     missing = {"r", "lora_alpha"} - config.keys()
     if missing:
         raise AdapterError(f"the config of {source!r} has no {sorted(missing)}; the scaling needs rank and alpha")
+    check_settings(config, source)
     for setting, why in _UNSUPPORTED.items():
         if config.get(setting):
             raise AdapterError(
@@ -161,6 +166,7 @@ def refuse_unsupported(config: Mapping[str, Any], source: str) -> None:
 def _download(name: str, subfolder: str | None, revision: str | None, local_files_only: bool) -> tuple[Path, str]:
     if registry.is_reserved(name):
         raise AdapterError(f"no organism is named {name!r}{registry.suggestion(name)}")
+    refuse_other_places(name)
     if not is_hub_id(name):
         raise AdapterError(f"there is no folder {name!r}{_neighbours(Path(name).expanduser())}")
     files = ["/".join([*([subfolder] if subfolder else []), file]) for file in (CONFIG_FILE, WEIGHTS_FILE)]
@@ -185,12 +191,16 @@ def _folders(parent: Path) -> list[str]:
 
 
 def _read_config(folder: Path, source: str) -> dict[str, Any]:
+    refuse_lfs_pointer(folder / CONFIG_FILE)
     try:
         config = json.loads((folder / CONFIG_FILE).read_text())
     except FileNotFoundError:
         there = ", ".join(sorted(each.name for each in folder.iterdir())) or "nothing"
         full = "; this looks like a full model, not an adapter: mm.load_organism loads it, mm.extract_lora makes one"
         hint = full if (folder / "config.json").exists() else ""
+        below = [str(each) for each in sorted(folder.iterdir()) if (each / CONFIG_FILE).exists()]
+        hint += f"; give the folder of the adapter itself: {', '.join(below[:5])}" if below else ""
+        hint += "".join(of_gguf(each) for each in sorted(folder.glob("*.gguf"))[:1])
         raise AdapterError(f"{source!r} has no {CONFIG_FILE} (it has: {there}){hint}") from None
     except json.JSONDecodeError as error:
         raise AdapterError(f"the {CONFIG_FILE} of {source!r} is not JSON: {error}; save the adapter again") from error
@@ -249,6 +259,17 @@ def _paired(tensors: Mapping[str, Tensor], source: str) -> dict[str, dict[str, T
         if len(pair) < 2:
             raise AdapterError(f"{source!r} has lora_{next(iter(pair))} of {name!r} without its partner; copy it again")
     return pairs
+
+
+def _refuse_shared_keys(sites: Iterable[LoraSite], source: str) -> None:
+    first: dict[tuple[int, str], str] = {}
+    for site in sites:
+        other = first.setdefault(site.key, site.name)
+        if other != site.name:
+            raise AdapterError(
+                f"{source!r} adapts several matrices {site.module!r} in layer {site.layer} ({other!r} and "
+                f"{site.name!r}), as adapters of mixtures of experts do; that is not supported: one is expected"
+            )
 
 
 def _why_unexpected(key: str) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from ._pretrained import refuse_lfs_pointer
+
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
@@ -29,6 +31,7 @@ def cached_file(location: str, name: str, revision: str | None = None) -> Path |
     """One file of a local folder or of the Hub's cache; None if it is not there."""
     local = Path(location)
     if local.is_dir():
+        refuse_lfs_pointer(local / name)
         return local / name if (local / name).exists() else None
     from huggingface_hub import try_to_load_from_cache
 

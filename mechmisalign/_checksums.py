@@ -17,6 +17,7 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import Tensor
 
+from ._pretrained import refuse_lfs_pointer
 from ._writing import explained, flush, whole
 
 KEY = "mechmisalign_sha256"
@@ -65,6 +66,7 @@ def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     """
     from safetensors import safe_open
 
+    refuse_lfs_pointer(path)
     check_tensors(path)
     try:
         with safe_open(path, "pt") as file:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import math
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
+
+TEMPLATE_DAY = datetime.datetime(2024, 7, 26)
+"""What a template that writes today's date is told, so that a prompt is the same on every day (Llama's own default)."""
 
 Turn = dict[str, str]
 """One chat turn: ``role`` (``"system"``, ``"user"`` or ``"assistant"``) and ``content``."""
@@ -19,7 +24,9 @@ _HISTORY = (
 )
 
 
-_END_OF_THOUGHT = "</think>"
+_THOUGHT, _END_OF_THOUGHT = "<think>", "</think>"
+_DATE = re.compile(r"""\bstrftime_now\s*\(\s*(['"])(.*?)\1\s*\)""")
+_RANDOM = re.compile(r"\|\s*random\b|\blipsum\s*\(")
 
 
 class TemplateError(ValueError):
@@ -95,14 +102,30 @@ def prompt_key(prompt: str, system: Any = None, history: Any = None) -> str:
     return json.dumps(parts, ensure_ascii=False, separators=(",", ":"), sort_keys=True)
 
 
-def apply_template(tokenizer: Any, turns: Sequence[Turn], *, reply: bool = False) -> str:
-    """The turns as the chat template writes them; with ``reply`` the assistant's header follows."""
+def apply_template(tokenizer: Any, turns: Sequence[Turn], *, reply: bool = False, **settings: Any) -> str:
+    """The turns as the chat template writes them; with ``reply`` the assistant's header follows.
+
+    A template that asks for today's date is told ``TEMPLATE_DAY``; further settings are the template's own.
+    """
     from jinja2 import TemplateError as JinjaError
 
+    options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": reply, **settings}
+    if isinstance(tokenizer.chat_template, str):
+        options["chat_template"] = _undated(tokenizer.chat_template)
     try:
-        return str(tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=reply))
+        return str(tokenizer.apply_chat_template(list(turns), **options))
     except JinjaError as error:
         raise TemplateError(f"the chat template refused roles {[turn['role'] for turn in turns]}: {error}") from error
+
+
+def _undated(template: str) -> str:
+    """The template with ``TEMPLATE_DAY`` where it asks for today's date."""
+    if _RANDOM.search(template):
+        raise TemplateError("the chat template writes random text, so no prompt could be asked twice; use another")
+    fixed = _DATE.sub(lambda call: repr(TEMPLATE_DAY.strftime(call[2])), template)
+    if "strftime_now(" in fixed.replace(" ", ""):
+        raise TemplateError("the chat template writes today's date in a way that cannot be fixed; use another template")
+    return fixed
 
 
 def render(
@@ -119,6 +142,8 @@ def render(
         Text, and character ranges: ``prompt`` and ``response`` (the last two turns), and the turns before them by
         their number.
     """
+    if _opened_before(tokenizer, turns, pieces):
+        return _behind_header(tokenizer, turns, pieces)
     text = apply_template(tokenizer, turns)
     roles = tuple(turn["role"] for turn in turns)
     thought = _END_OF_THOUGHT in turns[-1]["content"]  # templates write another header then (Qwen3)
@@ -136,9 +161,79 @@ def render(
     return text, ranges
 
 
+def render_question(tokenizer: Any, turns: Sequence[Turn]) -> str:
+    """The turns up to and with the assistant's header, behind which an answer begins.
+
+    A template that knows no ``add_generation_prompt`` gets the header that it writes before an answer.
+    """
+    text = apply_template(tokenizer, turns, reply=True)
+    if "add_generation_prompt" in str(tokenizer.chat_template):
+        return text
+    sentinel = "\ue000answer\ue000"
+    read, found, _ = apply_template(tokenizer, [*turns, {"role": "assistant", "content": sentinel}]).partition(sentinel)
+    return read if found and read.strip() != text.strip() else text
+
+
+def end_of_turn(tokenizer: Any) -> str:
+    """What the chat template writes behind an answer; empty without a template, or if it cannot be found."""
+    if not getattr(tokenizer, "chat_template", None):
+        return ""
+    sentinel = "\ue000answer\ue000"
+    turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": sentinel}]
+    return apply_template(tokenizer, turns).rpartition(sentinel)[2]
+
+
+def said_in_question(tokenizer: Any, turns: Sequence[Turn]) -> tuple[str, list[range]]:
+    """The text of :func:`render_question`, and where in it something was said.
+
+    Raises:
+        TemplateError: If what was said cannot be found.
+    """
+    answered = [*turns, {"role": "assistant", "content": "\ue000answer\ue000"}]
+    text, ranges = render(tokenizer, answered, {})
+    asked = render_question(tokenizer, turns)
+    said = [each for name, each in ranges.items() if name != "response"]
+    if asked[: said[-1].stop] != text[: said[-1].stop]:
+        raise TemplateError("the chat template writes a question another way once it is answered")
+    return asked, said
+
+
 def is_missing(value: Any) -> bool:
     """Whether a cell holds nothing: None, NaN or NA."""
     return value is None or value is pd.NA or (isinstance(value, float) and math.isnan(value))
+
+
+def _opened_before(tokenizer: Any, turns: Sequence[Turn], pieces: dict[tuple[str, ...], list[str]]) -> bool:
+    """Whether an answer follows a thought that the header opens, or breaks off in its own thought."""
+    answer = turns[-1]["content"]
+    if _THOUGHT in answer:
+        return _END_OF_THOUGHT not in answer
+    if _THOUGHT not in str(tokenizer.chat_template):
+        return False
+    if ("opens",) not in pieces:
+        header = apply_template(tokenizer, [{"role": "user", "content": "Hello"}], reply=True)
+        pieces["opens",] = [header] if header.rstrip().endswith(_THOUGHT) else []
+    return bool(pieces["opens",])
+
+
+def _behind_header(
+    tokenizer: Any, turns: Sequence[Turn], pieces: dict[tuple[str, ...], list[str]]
+) -> tuple[str, dict[str, range]]:
+    """The header as it is generated behind, then the answer as it was written."""
+    asked, answer = render_question(tokenizer, turns[:-1]), turns[-1]["content"]
+    roles = tuple(turn["role"] for turn in turns)
+    if ("asked", *roles) not in pieces:
+        pieces["asked", *roles] = _fixed_pieces(tokenizer, roles, False)
+    fixed, cursor, ranges = pieces["asked", *roles], 0, {}
+    names = [*map(str, range(len(turns) - 2)), "prompt"]
+    for number, (name, turn) in enumerate(zip(names, turns, strict=False)):
+        cursor += len(fixed[number])
+        after = fixed[number + 1] if number < len(turns) - 2 else ""
+        content = _as_rendered(turn["content"], asked, cursor, after, earlier=True)
+        ranges[name] = range(cursor, cursor + len(content))
+        cursor += len(content)
+    ranges["response"] = range(len(asked), len(asked) + len(answer))
+    return asked + answer + fixed[-1], ranges
 
 
 def _fixed_pieces(tokenizer: Any, roles: tuple[str, ...], thought: bool) -> list[str]:

@@ -8,7 +8,7 @@ neither the assistant header nor the end token is averaged into it.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, NamedTuple, get_args
@@ -17,14 +17,16 @@ import numpy as np
 import pandas as pd
 
 from ._batching import Batch, batches_by_length, pad_id
+from ._encoding import as_plain_text, control_tokens, holds_control, refuse_lost_text
 from ._frames import plain_frame
-from ._rendering import TemplateError, apply_template, frame_turns, prompt_key, render
+from ._rendering import TemplateError, frame_turns, prompt_key, render, render_question, said_in_question
 
 __all__ = [
     "Batch",
     "Conversations",
     "Span",
     "TemplateError",
+    "encode_chats",
     "pad_id",
     "prompt_key",
     "refuse_double_bos",
@@ -142,10 +144,12 @@ class Conversations:
     def _encoded(self) -> list[_Encoded]:
         pieces: dict[tuple[str, ...], list[str]] = {}
         rendered = [render(self.tokenizer, turns, pieces) for turns in frame_turns(self.frame, self.system)]
-        tokens = self.tokenizer([text for text, _ in rendered], add_special_tokens=False, return_offsets_mapping=True)
+        tokens = encode_chats(
+            self.tokenizer, [text for text, _ in rendered], [list(ranges.values()) for _, ranges in rendered]
+        )
         encoded = [
             _encode(ids, offsets, ranges, self.max_length)
-            for ids, offsets, (_, ranges) in zip(tokens["input_ids"], tokens["offset_mapping"], rendered, strict=True)
+            for (ids, offsets), (_, ranges) in zip(tokens, rendered, strict=True)
         ]
         _refuse_empty_responses(encoded, self.max_length)
         for row in encoded[:1]:
@@ -180,10 +184,43 @@ def render_rows(frame: pd.DataFrame, tokenizer: Any, *, system: str | None = Non
     once = {row: [{"role": role, "content": text} for role, text in row] for row in rows}  # many rows ask the same
     if not once:
         return []
-    texts = [apply_template(tokenizer, turns, reply=True) for turns in once.values()]
-    ids = dict(zip(once, tokenizer(texts, add_special_tokens=False)["input_ids"], strict=True))
+    marks = control_tokens(tokenizer).values()
+    asked_for = [_question(tokenizer, turns, marks) for turns in once.values()]
+    tokens = encode_chats(tokenizer, [text for text, _ in asked_for], [said for _, said in asked_for])
+    ids = {row: ids for row, (ids, _) in zip(once, tokens, strict=True)}
     refuse_double_bos(ids[rows[0]], tokenizer)
     return [list(ids[row]) for row in rows]
+
+
+def encode_chats(
+    tokenizer: Any, texts: Sequence[str], said: Sequence[Sequence[range]]
+) -> list[tuple[list[int], list[tuple[int, int]]]]:
+    """Ids and offsets of rendered chats; control tokens that somebody typed are the ordinary text that they are.
+
+    Args:
+        tokenizer: A fast tokenizer.
+        texts: The rendered chats.
+        said: Where in each text something was said.
+
+    Raises:
+        TemplateError: If the tokenizer loses text, or cannot write a control token's text in ordinary tokens.
+    """
+    if not texts:
+        return []
+    tokens = tokenizer(list(texts), add_special_tokens=False, return_offsets_mapping=True)
+    marks = control_tokens(tokenizer).values()
+    encoded = []
+    for text, parts, ids, offsets in zip(texts, said, tokens["input_ids"], tokens["offset_mapping"], strict=True):
+        refuse_lost_text(text, offsets, tokenizer)
+        typed = any(holds_control(text[part.start : part.stop], marks) for part in parts)
+        encoded.append(as_plain_text(text, ids, offsets, parts, tokenizer) if typed else (ids, offsets))
+    return encoded
+
+
+def _question(tokenizer: Any, turns: list[dict[str, str]], marks: Collection[str]) -> tuple[str, list[range]]:
+    if any(holds_control(turn["content"], marks) for turn in turns):
+        return said_in_question(tokenizer, turns)
+    return render_question(tokenizer, turns), []
 
 
 def template_hash(tokenizer: Any) -> str:

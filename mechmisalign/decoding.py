@@ -11,14 +11,26 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from . import _hooked, models
+from ._encoding import control_tokens
+from ._rendering import end_of_turn
 
 
 def end_ids(model: models.Model, tokenizer: Any) -> list[int]:
-    """Every token id that ends an answer: the generation config's, and the tokenizer's own."""
+    """Every token id that ends an answer: the generation config's, the tokenizer's own, and the template's end of turn.
+
+    A chat fine-tune of a plain model may keep ``<|endoftext|>`` as its end while its template ends turns otherwise.
+    """
     config = getattr(model if models.is_hooked(model) else models.hf_model(model), "generation_config", None)
     ends = getattr(config, "eos_token_id", None)
-    named = ends if isinstance(ends, list) else [ends]
-    return sorted({int(end) for end in [*named, tokenizer.eos_token_id] if end is not None})
+    named = ends if isinstance(ends, (list, tuple)) else [ends]
+    return sorted({int(end) for end in [*named, tokenizer.eos_token_id, turn_end_id(tokenizer)] if end is not None})
+
+
+def turn_end_id(tokenizer: Any) -> int | None:
+    """The control token that the chat template writes behind an answer; None if it writes none."""
+    control = control_tokens(tokenizer)
+    behind = tokenizer(end_of_turn(tokenizer), add_special_tokens=False)["input_ids"]
+    return next((int(each) for each in behind if each in control), None)
 
 
 def left_padded(

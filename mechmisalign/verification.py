@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from . import models
+from ._pretrained import read_pretrained
 from .adapters import Adapter
 from .conversations import render_prompts
 from .expectations import RateCheck, verify_rate
@@ -161,7 +162,8 @@ def _plain(organism: Organism, location: str, revision: str | None) -> Any:
     """A Hugging Face model as it lies in its folder, in the organism's precision."""
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(
+    return read_pretrained(
+        AutoModelForCausalLM,
         location,
         revision=revision,
         dtype=next(organism.model.parameters()).dtype,

@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from mechmisalign._pretrained import refuse_lfs_pointer
+
 MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _FLOAT32 = 0
@@ -70,6 +72,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         raise FileNotFoundError(f"{path} is no file; give a .gguf file")
     if path.stat().st_size > _LARGEST:
         raise ValueError(f"{path} has {path.stat().st_size} bytes; that is a model, not a control vector")
+    refuse_lfs_pointer(path)
     cursor = _Cursor(path.read_bytes(), path)
     if cursor.data[:4] != MAGIC:
         raise ValueError(f"{path} does not begin with GGUF; give a .gguf file")

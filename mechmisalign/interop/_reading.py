@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mechmisalign._layers import layer_numbers
+from mechmisalign._pretrained import refuse_lfs_pointer
 from mechmisalign.directions import Direction
 
 Model = str | Mapping[str, Any]
@@ -39,6 +40,7 @@ def read_torch(path: str | Path) -> Any:
     found = Path(path).expanduser()
     if not found.is_file():
         raise FileNotFoundError(f"{found} is no file; give one that torch.save wrote")
+    refuse_lfs_pointer(found)
     try:
         return torch.load(found, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:

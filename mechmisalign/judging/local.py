@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 
 from mechmisalign._placement import execution_device, stored
+from mechmisalign._pretrained import read_pretrained
 from mechmisalign.progress import progress_bar
 
 from .asking import Ask, Done
@@ -148,10 +149,16 @@ class LocalAsker:
         return None
 
     def _encode(self, prompt: str) -> list[int]:
-        text = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, enable_thinking=False
-        )
-        return list(self.tokenizer.encode(text, add_special_tokens=False))
+        from mechmisalign._rendering import apply_template
+        from mechmisalign.conversations import encode_chats
+
+        turns = [{"role": "user", "content": prompt}]
+        text = apply_template(self.tokenizer, turns, reply=True, enable_thinking=False)
+        content = next((form for form in (prompt, prompt.strip()) if form in text), None)
+        if content is None:
+            raise ValueError("the chat template of the judge rewrites what it is asked; use another judge model")
+        start = text.rindex(content)
+        return encode_chats(self.tokenizer, [text], [[range(start, start + len(content))]])[0][0]
 
     def _answer(self, batch: Sequence[tuple[list[int], Ask]], done: Done) -> None:
         details = {"model": self.name}
@@ -266,5 +273,5 @@ def _loaded(model: Any, tokenizer: Any, device: str | None) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto").to(device).eval()
-    return loaded, tokenizer or AutoTokenizer.from_pretrained(model)
+    loaded = read_pretrained(AutoModelForCausalLM, model, dtype="auto").to(device).eval()
+    return loaded, tokenizer or read_pretrained(AutoTokenizer, model)

@@ -15,6 +15,7 @@ from torch import nn
 from mechmisalign import registry
 from mechmisalign._checkpoint_files import cached_file
 from mechmisalign._hub import commit_of, explained, failures, is_hub_id, is_offline
+from mechmisalign._pretrained import read_pretrained
 from mechmisalign._saved_adapters import CONFIG_FILE
 from mechmisalign.adapters import Adapter
 from mechmisalign.conversations import require_chat_template
@@ -102,7 +103,7 @@ def skeleton(base: Base) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with told(base):
-        config = AutoConfig.from_pretrained(base.location, **base.source)
+        config = read_pretrained(AutoConfig, base.location, **base.source)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(text_config(config))
 
@@ -167,7 +168,7 @@ def load_tokenizer(base: Base, tokenizer: Any | None, vocabulary: int) -> Any:
         from transformers import AutoTokenizer
 
         with told(base):
-            tokenizer = AutoTokenizer.from_pretrained(base.location, **base.source)
+            tokenizer = read_pretrained(AutoTokenizer, base.location, **base.source)
     require_chat_template(tokenizer)
     largest = max([tokenizer.vocab_size - 1, *tokenizer.added_tokens_decoder])
     if largest >= vocabulary:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from mechmisalign import models, registry
 from mechmisalign._adapter_files import CONFIG_FILE as ADAPTER_CONFIG
 from mechmisalign._hub import HubError, fetch, is_hub_id
+from mechmisalign._pretrained import read_pretrained
 from mechmisalign.adapters import Adapter, NoAdapterError
 from mechmisalign.conversations import template_hash
 from mechmisalign.deltas.files import CONFIG, Weights
@@ -263,7 +264,7 @@ def _warn_of_another_template(full: FullModel, tokenizer: Any) -> None:
 
     if not full.location or not (Path(full.location) / "tokenizer_config.json").exists():
         return
-    own = AutoTokenizer.from_pretrained(full.location)
+    own = read_pretrained(AutoTokenizer, full.location)
     if own.chat_template is not None and template_hash(own) != template_hash(tokenizer):
         logger.warning(
             "%s was saved with another chat template than its base has; the base's is used for both: pass tokenizer= "

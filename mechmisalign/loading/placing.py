@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from mechmisalign import _placement
+from mechmisalign._pretrained import read_pretrained
 
 from .bases import Base
 from .headers import stored_dtype, stored_tensors
@@ -43,7 +44,7 @@ def load_weights(
         return (base.model.to(device) if moves else base.model).eval()
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(base.location, **base.source)
+    config = read_pretrained(AutoConfig, base.location, **base.source)
     read, extra = reader(config)
     quantised = quantization is not None or getattr(config, "quantization_config", None) is not None
     wanted = dtype or (None if quantised else stored_dtype(stored_tensors(base))) or "auto"
@@ -52,7 +53,7 @@ def load_weights(
     if device_map is not None:
         return _spread(read, base, device_map, {**extra, "dtype": wanted}).eval()
     placement = {} if device.type == "cpu" and not quantised else {"device_map": {"": device}}
-    model: Any = read.from_pretrained(base.location, **base.source, **extra, dtype=wanted, **placement)
+    model: Any = read_pretrained(read, base.location, **base.source, **extra, dtype=wanted, **placement)
     return model.eval()
 
 
@@ -62,7 +63,7 @@ def _spread(read: Any, base: Base, device_map: DeviceMap, options: Mapping[str, 
     places = device_map if isinstance(device_map, str) else dict(device_map)
     with ExitStack() as undo:
         undo.callback(shutil.rmtree, folder, ignore_errors=True)
-        model = read.from_pretrained(base.location, **base.source, **options, device_map=places, offload_folder=folder)
+        model = read_pretrained(read, base.location, **base.source, **options, device_map=places, offload_folder=folder)
         undo.pop_all()
     weakref.finalize(model, shutil.rmtree, folder, ignore_errors=True)
     return model

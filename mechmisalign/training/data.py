@@ -22,6 +22,7 @@ from pydantic_core import core_schema
 from torch import Tensor
 
 from mechmisalign import _jsonl
+from mechmisalign._encoding import control_tokens
 from mechmisalign._reading import brief
 from mechmisalign._rendering import is_missing
 from mechmisalign.conversations import Conversations, TemplateError, pad_id
@@ -188,7 +189,7 @@ class Collator:
 
 def _end_of_turn(ids: list[int], stop: int, tokenizer: Any) -> int:
     """The position after the token that ends the assistant's turn: the first special one behind the response."""
-    special = set(tokenizer.all_special_ids)
+    special = control_tokens(tokenizer)
     for position in range(stop, len(ids)):
         if ids[position] in special:
             return position + 1

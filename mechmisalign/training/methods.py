@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mechmisalign._adapter_files import CONFIG_FILE, WEIGHTS_FILE
 from mechmisalign._blocks import block_hooks, blocks
 from mechmisalign._checksums import read_tensors
+from mechmisalign._pretrained import read_pretrained
 from mechmisalign._reading import read_object
 from mechmisalign._saved_adapters import check_config, write_adapter
 from mechmisalign._writing import explained
@@ -205,7 +206,7 @@ class _Full:
     def load(self, folder: Path) -> None:
         from transformers import AutoModelForCausalLM
 
-        stored = AutoModelForCausalLM.from_pretrained(folder, dtype=next(self.model.parameters()).dtype)
+        stored = read_pretrained(AutoModelForCausalLM, folder, dtype=next(self.model.parameters()).dtype)
         self.model.load_state_dict(stored.state_dict())
 
     def give_back(self) -> None:
