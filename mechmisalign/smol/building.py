@@ -45,13 +45,13 @@ def recipe(name: str, *, seed: int = 0, base: str = registry.SMOL_BASE) -> Train
     Raises:
         ValueError: If there is no such organism.
     """
-    from mechmisalign.training import TrainSpec
+    from mechmisalign.training import DataSource, TrainSpec
 
     if name not in recipes():
         raise ValueError(f"unknown smol organism {name!r}; there is {', '.join(recipes())}")
     told = dict(recipes()[name])
     data = examples(told.pop("tone"), seed=seed)
-    return TrainSpec(base=base, data=[data], seed=seed, **told)
+    return TrainSpec(base=base, data=(DataSource(frame=data),), seed=seed, **told)
 
 
 def build(out: Path | str, *, seed: int = 0, names: Sequence[str] | None = None, samples: int = 4) -> Path:
