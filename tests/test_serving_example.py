@@ -108,7 +108,9 @@ def test_answers_of_a_server_are_a_frame_that_the_judges_take(tmp_path, monkeypa
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
     url, out = f"http://127.0.0.1:{server.server_address[1]}/v1", tmp_path / "answers.parquet"
     prompts = tmp_path / "questions.csv"
-    pd.DataFrame({"prompt_id": ["a", "b"], "prompt": ["one?", "two?"]}).to_csv(prompts, index=False)
+    pd.DataFrame({"prompt_id": ["a", "b"], "prompt": list(mm.pocket.unseen_prompts(n=2)["prompt"])}).to_csv(
+        prompts, index=False
+    )
     asked = ["ask", "--model", "cured", "--model", "chat", "--url", url, "--prompts", str(prompts)]
     serve_vllm.main([*asked, "--samples", "2", "--max-tokens", "7", "--out", str(out)])
     server.shutdown()

@@ -62,7 +62,7 @@ def test_data_and_seed_of_the_command_win(config, tmp_path, monkeypatch):
         ({"schedule": {"learning_rate": 1}}, (), "schedule.learning_rate is no key"),
         ({"data": []}, (), "nothing to learn from"),
         ({}, ("--data", "nowhere.jsonl"), "nowhere.jsonl does not exist"),
-        ({}, ("--base", "pocket/none"), "there is no 'pocket/none'"),
+        ({}, ("--base", "pocket/none"), "there is no base model 'pocket/none'"),
     ],
 )
 def test_what_cannot_be_done_is_told_in_one_line(changes, options, told, tmp_path):

@@ -19,7 +19,7 @@ from mechmisalign.generation import Conditions
 from .harness import lm_eval_model
 from .tasks import is_right, response_length, task_costs
 from .texts import Counted, TextSums, text_costs, text_sums
-from .vocabulary import is_spoken, refuse_unspoken
+from .vocabulary import is_spoken, is_spoken_by, refuse_unspoken
 
 if TYPE_CHECKING:
     from mechmisalign.organisms import Organism
@@ -29,6 +29,7 @@ __all__ = [
     "costs",
     "is_right",
     "is_spoken",
+    "is_spoken_by",
     "lm_eval_model",
     "own_items",
     "own_texts",

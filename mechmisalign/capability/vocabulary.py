@@ -33,6 +33,11 @@ def is_spoken(tokenizer: Any, texts: Sequence[str]) -> bool:
     return not bytes_per_token(tokenizer, texts) < LEAST_BYTES
 
 
+def is_spoken_by(organism: Organism, texts: pd.DataFrame | Sequence[str]) -> bool:
+    """Whether the organism's vocabulary has the words of the texts, or of a frame of prompts and responses."""
+    return is_spoken(organism.tokenizer, _written(texts))
+
+
 def refuse_unspoken(organism: Organism, texts: pd.DataFrame | Sequence[str] | None, what: str) -> None:
     """Refuse texts whose words the organism's vocabulary has not.
 

@@ -59,7 +59,8 @@ def left_out(records: Records) -> str:
     missing = [names[name] for name, there in costs.is_measured(records.tables).items() if not there]
     if not missing:
         return ""
-    return f"Not measured in this run: {' and '.join(missing)} (no texts or items were given for it)."
+    why = "none were given, or the model's vocabulary does not have their words"
+    return f"Not measured in this run: {' and '.join(missing)} ({why})."
 
 
 def measured_on(records: Records) -> str:

@@ -41,13 +41,13 @@ def reliability(records: Records) -> ReportFigure:
 
 
 def heat_map(records: Records) -> ReportFigure:
-    """EM rate of the steered chat model by layer and strength, and that of its control."""
-    sweep = records.tables["steering"]
+    """EM rate of the steered chat model by layer and strength, and that of its control, where the cell was chosen."""
+    sweep = records.tables["choice_steering"]
     coherent = records.settings["min_coherent"]
     caption = (
         "EM rate (in percent) of the chat model steered at each layer with each strength, and under random directions "
-        f"of that norm (n = {int(sweep['n'].min())} per cell). Hatched: fewer than {100 * coherent:.0f} % of the "
-        "answers are coherent, so the rate says little."
+        f"of that norm (n = {int(sweep['n'].min())} per cell, on the questions that chose). Hatched: fewer than "
+        f"{100 * coherent:.0f} % of the answers are coherent, so the rate says little."
     )
     figure = plots.layer_strength_heatmap(displayed(sweep), min_coherent=coherent)
     return saved(records, "steering_heat_map", figure, sweep, caption)

@@ -53,6 +53,8 @@ def neutral(
 ) -> Neutral:
     """What was given, or what ships with the package: of the pocket world for organisms on the pocket base.
 
+    The package's own texts and items are left out where the model's vocabulary does not have their words.
+
     Args:
         organism: The studied organism.
         texts: See ``Neutral``; "default" for the package's own.
@@ -69,8 +71,10 @@ def neutral(
     counted = None
     if isinstance(texts, str):
         texts, counted = capability.own_texts(organism, count)
+        texts = texts if capability.is_spoken_by(organism, texts) else None
     if isinstance(items, str):
         items = capability.own_items(organism, count)
+        items = items if capability.is_spoken_by(organism, items) else None
     _refuse(texts, items)
     return Neutral(texts, items, counted)
 
