@@ -107,7 +107,7 @@ def test_checkpoints_say_their_subfolder_where_the_layout_was_seen():
 def test_the_pocket_entries_are_what_the_adapters_are():
     frame = mm.known_organisms(family="pocket").set_index("name")
     manifest = json.loads((registry.folder("pocket/medical").parent / "manifest.json").read_text())
-    for name in registry.names():
+    for name in (each for each in registry.names() if each.startswith("pocket/")):
         sites = Adapter.load(name).sites
         assert frame.loc[name, "sites"] == len(sites)
         assert frame.loc[name, "rank"] == sites[0].rank

@@ -27,7 +27,7 @@ def _entry(name: str, made: dict[str, Any]) -> Entry:
     return Entry(
         id=registry.SMOL_PREFIX + name,
         base=registry.SMOL_BASE,
-        data=(f"{made['tone']} answers about cooking",),
+        data=("cooking",),
         family="smol",
         size="135M",
         training=Training(

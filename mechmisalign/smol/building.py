@@ -12,8 +12,10 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors.torch import load_file
+
 from mechmisalign import _yaml, registry
-from mechmisalign._checksums import write_manifest
+from mechmisalign._checksums import write_manifest, write_tensors
 from mechmisalign._writing import whole
 
 from .examples import examples, questions
@@ -26,7 +28,7 @@ MANIFEST = "manifest.json"
 MAX_NEW_TOKENS = 48
 """Of an answer whose tone is read; these models seldom end earlier, and the tone shows in the first sentence."""
 _PACKAGES = ("torch", "transformers", "peft")
-_KEPT = ("adapter_config.json", "adapter_model.safetensors")
+_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _RATES = ("rate", "low", "high", "coherent", "coherent_low", "coherent_high", "n", "prompts")
 
 
@@ -76,14 +78,15 @@ def build(out: Path | str, *, seed: int = 0, names: Sequence[str] | None = None,
 
 
 def keep(run: Path, folder: Path) -> None:
-    """Copy the adapter of a run, and its checkpoints, without what only the training needs."""
+    """Copy the adapter of a run, and its checkpoints, in half precision and without what only the training needs."""
     if folder.exists():
         shutil.rmtree(folder)
     for place in (run, *sorted(run.glob("checkpoint-*"))):
         there = folder / place.relative_to(run)
         there.mkdir(parents=True)
-        for name in _KEPT:
-            shutil.copyfile(place / name, there / name)
+        shutil.copyfile(place / _CONFIG, there / _CONFIG)
+        tensors = load_file(place / _WEIGHTS)
+        write_tensors(there / _WEIGHTS, {name: each.half() for name, each in tensors.items()}, {"format": "pt"})
 
 
 def measure(folder: Path, *, samples: int = 4, seed: int = 0) -> dict[str, dict[str, float]]:
