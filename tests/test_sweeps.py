@@ -120,7 +120,7 @@ STEER = {"kind": "steer", "directions": "mean", "strengths": 1}
             {"prompts": {"set": "pocket", "file": "x.csv"}},
             r"prompts: prompts come from one of .* these from \['set', 'file'\]",
         ),
-        ({"judge": "rule"}, "judge: 'rule' is no judge; 'rules', 'none'"),
+        ({"judge": "rule"}, "judge: 'rule' is no judge; 'rules', .*'none'"),
         ({"judge": {"model": "openai/x", "options": {"api_key": "secret"}}}, "a key does not belong in a file"),
         ({"seeds": [0, 0]}, "the seed 0 stands twice"),
     ],

@@ -352,7 +352,7 @@ def test_a_faulty_specification_names_key_and_value(values, told):
     [
         ({"method": {**LORA, "layers": [9]}}, r"method.layers are \[9\]; .* has layers 0 to 2"),
         ({"method": {**LORA, "modules": ["down_prj"]}}, "method.modules .*cannot be adapted"),
-        ({"base": "pocket/medicine"}, "there is no 'pocket/medicine'"),
+        ({"base": "pocket/medicine"}, "there is no base model 'pocket/medicine'"),
         ({"data": []}, "nothing to learn from"),
         ({"schedule": {"decay": "plateau"}}, "needs `steps`"),
     ],
