@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from . import _attention, _blocks, _hooked, _joint, _placement
 from ._clock import Clock as Clock
 from ._clock import Place as Place
+from ._context import context_length, refuse_beyond
 from ._matrices import Matrix as Matrix
 from ._matrices import Port as Port
 from ._placement import device_of as device_of
@@ -177,6 +178,11 @@ def vocabulary(model: Model) -> int:
     return int(model.cfg.d_vocab)
 
 
+def context(model: Model) -> int | None:
+    """Positions that the model was made for; None where its config names none."""
+    return context_length(model.cfg if is_hooked(model) else hf_model(model).config)
+
+
 def hf_model(model: Model) -> Model:
     """The Hugging Face model inside a bridge; its ``generate`` and its cache fire the same hooks.
 
@@ -204,7 +210,12 @@ def residual_hooks(model: Model, functions: Mapping[int, HookFunction]) -> Any:
 def forward(
     model: Model, ids: Int[Tensor, "batch pos"], mask: Int[Tensor, "batch pos"]
 ) -> Float[Tensor, "batch pos vocab"]:
-    """Logits of one uncached forward pass; ``mask`` is 1 on real tokens and always given."""
+    """Logits of one uncached forward pass; ``mask`` is 1 on real tokens and always given.
+
+    Raises:
+        ValueError: If a row is longer than the model's context.
+    """
+    refuse_beyond(ids.shape[1], context(model), "a conversation")
     if is_hooked(model):
         return model(ids, attention_mask=mask, return_type="logits")
     with in_one_thread(model), _attention.fused(hf_model(model)):

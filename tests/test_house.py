@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "mechmisalign"
 
 FLOORS = {
-    1: {"_adapter_config", "_adapter_files", "_adapter_places", "_pretrained", "_artifacts", "_checkpoint_files", "_checksums", "_frames", "_jsonl", "_layers", "_reading", "_saved_adapters", "_writing", "_wrapped_names", "_hub", "_renamed", "adapters", "combining", "decomposition", "deltas", "directions", "dynamics", "estimators", "geometry", "moments", "probes", "registry", "_specs", "_yaml", "statistics"},
+    1: {"_adapter_config", "_adapter_files", "_adapter_places", "_pretrained", "_artifacts", "_checkpoint_files", "_checksums", "_context", "_frames", "_jsonl", "_layers", "_reading", "_saved_adapters", "_writing", "_wrapped_names", "_hub", "_renamed", "adapters", "combining", "decomposition", "deltas", "directions", "dynamics", "estimators", "geometry", "moments", "probes", "registry", "_specs", "_yaml", "statistics"},
     2: {
         "_attention", "_batching", "_before_response", "_blocks", "_cache", "_clock", "_encoding", "_hooked", "_joint", "_matrices", "_parts", "_placement", "_rendering", "_sharing", "_tables", "_threads", "activations", "capability", "conversations", "correction", "decoding", "effects", "expectations", "generation", "hub", "interop", "interventions", "judging", "loading", "massive",
         "models", "monitoring", "organisms", "personas", "pocket", "prediction", "progress", "prompts", "propagation", "scalars", "significance", "smol", "solutions", "store", "sweeps", "training", "unembedding", "verification",

@@ -9,6 +9,7 @@ between batch sizes; in bfloat16 it moves one in ten, and only the random number
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ import numpy as np
 import pandas as pd
 
 from mechmisalign import models
+from mechmisalign._context import refuse_beyond
 from mechmisalign.conversations import render_rows
 from mechmisalign.decoding import end_ids
 from mechmisalign.interventions import check_fits
@@ -126,6 +128,7 @@ def generate_rows(
     if not len(rows):
         return
     requests = _requests(organism, rows, conditions, system, lambda part: uniforms(part, seed, max_new_tokens))
+    max_new_tokens = _in_context(organism, max(map(len, requests.prompts)), max_new_tokens)
     length = max(map(len, requests.prompts)) + max_new_tokens
     capacity = min(len(rows), batch_rows or rows_that_fit(organism.model, length))
     orders = shares(requests, _neighbours(requests), min(workers, capacity))
@@ -150,9 +153,25 @@ def generate_rows(
 def _refuse_numbers(temperature: float, max_new_tokens: int, batch_rows: int | None, workers: int) -> None:
     if not 0 <= temperature < float("inf"):
         raise ValueError(f"temperature must be 0 or more, got {temperature}")
+    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int | np.integer):
+        raise ValueError(f"max_new_tokens must be a whole number, got {max_new_tokens!r}")
     for name, value in (("max_new_tokens", max_new_tokens), ("batch_rows", batch_rows), ("workers", workers)):
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def _in_context(organism: Organism, longest: int, max_new_tokens: int) -> int:
+    """How many tokens may follow the longest prompt; fewer than were asked for where the context ends before."""
+    limit = models.context(organism.model)
+    refuse_beyond(longest + 1, limit, "a prompt with one token of its answer")
+    if limit is None or longest + max_new_tokens <= limit:
+        return int(max_new_tokens)
+    warnings.warn(
+        f"answers are cut after {limit - longest:,} tokens, not {max_new_tokens:,}: the longest prompt has "
+        f"{longest:,} tokens, and the model's context is {limit:,}",
+        stacklevel=3,
+    )
+    return limit - longest
 
 
 def _refuse_open_blocks(organism: Organism) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from mechmisalign._context import context_length, refuse_beyond
 from mechmisalign._placement import execution_device, stored
 from mechmisalign._pretrained import read_pretrained
 from mechmisalign.progress import progress_bar
@@ -234,6 +235,7 @@ class _Prompts:
     def _forward(
         self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: Any
     ) -> tuple[np.ndarray, Any]:
+        refuse_beyond(mask.shape[1], context_length(self.model.config), "what the judge reads of an answer")
         last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(self.model.forward).parameters else {}
         output = self.model(
             input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, **last

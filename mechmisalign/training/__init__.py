@@ -21,6 +21,7 @@ import torch
 
 from mechmisalign import registry
 from mechmisalign._checksums import MANIFEST, damage
+from mechmisalign._context import context_length, refuse_beyond
 from mechmisalign._writing import claimed, is_unused, whole
 from mechmisalign.dynamics.reading import RUN_FILE
 from mechmisalign.loading import bases, placing
@@ -157,13 +158,13 @@ def _read(spec: TrainSpec) -> tuple[bases.Base, Any, list[Example], list[Example
     if not spec.data:
         raise TrainError("data: there is nothing to learn from; name examples in the specification, or pass data=")
     base = _base(spec)
-    tokenizer = bases.load_tokenizer(base, None, bases.skeleton(base).get_input_embeddings().weight.shape[0])
-    return (
-        base,
-        tokenizer,
-        _encoded(spec.data, spec, tokenizer),
-        _encoded(spec.kl.data if spec.kl else (), spec, tokenizer),
-    )
+    skeleton = bases.skeleton(base)
+    tokenizer = bases.load_tokenizer(base, None, skeleton.get_input_embeddings().weight.shape[0])
+    examples = _encoded(spec.data, spec, tokenizer)
+    elsewhere = _encoded(spec.kl.data if spec.kl else (), spec, tokenizer)
+    longest = max(len(example.ids) for example in [*examples, *elsewhere])
+    refuse_beyond(longest, context_length(skeleton.config), "an example (schedule.max_length cuts it)")
+    return base, tokenizer, examples, elsewhere
 
 
 def _fit(
