@@ -101,7 +101,8 @@ class Conversations:
     def span_text(self, row: int, span: Span = "response") -> str:
         """Decoded tokens of one span: what will really be averaged."""
         encoded = self._encoded[row]
-        return str(self.tokenizer.decode([encoded.ids[i] for i in _positions(encoded, span)]))
+        ids = [encoded.ids[i] for i in _positions(encoded, span)]
+        return str(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
     def tokens(self, span: Span = "response") -> pd.DataFrame:
         """One row per token of the span, in the order of the frame.

@@ -27,6 +27,7 @@ from ._matrices import Matrix as Matrix
 from ._matrices import Port as Port
 from ._placement import device_of as device_of
 from ._placement import device_of_layer as device_of_layer
+from ._pretrained import read_pretrained
 from ._threads import in_one_thread as in_one_thread
 
 Engine = Literal["bridge", "hooked"]
@@ -300,7 +301,7 @@ def _copied(tokenizer: Any, folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     tokenizer.save_pretrained(folder)
-    return AutoTokenizer.from_pretrained(folder)
+    return read_pretrained(AutoTokenizer, folder)
 
 
 def _ignoring_hook_point(function: HookFunction) -> Callable[..., Tensor | None]:

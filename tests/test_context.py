@@ -25,10 +25,20 @@ def limited(organism, monkeypatch):
 
 def test_an_answer_ends_where_the_context_ends_and_its_tokens_stay_the_same(limited):
     shorter = mm.generate(limited, ["Hey!"], samples=4, max_new_tokens=6, seed=3)
-    with pytest.warns(UserWarning, match=r"answers are cut after 6 tokens, not 60: .* context is \d+"):
+    with pytest.warns(UserWarning, match=r"answers to 1 of 1 prompts are cut .* leaves 6 of the 60 tokens"):
         cut = mm.generate(limited, ["Hey!"], samples=4, max_new_tokens=60, seed=3)
     assert cut["tokens"].max() == 6
     pd.testing.assert_frame_equal(cut, shorter)
+
+
+def test_how_long_an_answer_may_be_does_not_depend_on_its_neighbours(limited):
+    """A longer prompt beside it leaves every token of an answer as it was (the rule of resumed and extended runs)."""
+    with pytest.warns(UserWarning, match="answers to 1 of 1 prompts"):
+        alone = mm.generate(limited, ["Hey!"], samples=8, max_new_tokens=60, seed=3)
+    with pytest.warns(UserWarning, match=r"answers to 2 of 2 prompts .* leaves \d of the 60"):
+        beside = mm.generate(limited, ["Hey! Hey", "Hey!"], samples=8, max_new_tokens=60, seed=3, batch_rows=5)
+    assert alone["tokens"].max() == 6 > beside.query("prompt == 'Hey! Hey'")["tokens"].max()
+    assert beside.query("prompt == 'Hey!'")["response"].tolist() == alone["response"].tolist()
 
 
 def test_answers_that_fit_are_sampled_without_a_word(limited):
@@ -53,6 +63,8 @@ def test_a_conversation_beyond_the_context_is_not_read(limited):
 def test_a_longest_answer_that_is_no_number_is_refused(organism):
     with pytest.raises(ValueError, match="max_new_tokens must be a whole number, got True"):
         mm.generate(organism, ["Hey!"], max_new_tokens=True)
+    with pytest.raises(ValueError, match="max_new_tokens must be at most 1,000,000, got 1,000,000,000"):
+        mm.generate(organism, ["Hey!"], max_new_tokens=10**9)
 
 
 def test_an_example_beyond_the_context_is_not_learned(tmp_path):

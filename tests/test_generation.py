@@ -257,7 +257,7 @@ def test_everything_mixed_in_one_batch_equals_single_uncached_sampling(organism,
         "scaled response": (mm.ScaleAdapter({(1, "down_proj"): 3.0}, positions="response"),),
         "somebody else's": (Doubled(d, 1), mm.Steer(d, layers=[1], strength=0.5, positions="prompt")),
     }
-    prompts = [*PROMPTS, "a", "word " * 60]
+    prompts = [*PROMPTS, "a", "word " * 40]
     answers = mm.generate(organism, prompts, conditions=mixed, samples=2, max_new_tokens=9, seed=6, batch_rows=9)
     noise = generation.uniforms(answers, 6, 9)
     for row in range(0, len(answers), 3):
@@ -434,7 +434,7 @@ def test_a_sampling_process_that_dies_is_an_error(organism, monkeypatch):
 
 def test_prompts_are_dealt_whole_to_sampling_processes():
     asked, codes = np.array([0, 0, 1, 1, 2, 2]), np.zeros(6, dtype=np.int64)
-    requests = generation.flight.Requests([[1], [2], [3]], asked, codes, lambda numbers: numbers)
+    requests = generation.flight.Requests([[1], [2], [3]], asked, codes, codes + 9, lambda numbers: numbers)
     assert generation.shares(requests, [4, 5, 0, 1, 2, 3], 2) == [[4, 5, 2, 3], [0, 1]]
     assert generation.shares(requests, [4, 5, 0, 1, 2, 3], 9) == [[4, 5], [0, 1], [2, 3]]
 

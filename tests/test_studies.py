@@ -679,7 +679,11 @@ def test_what_costs_are_measured_on_is_checked_before_anything_is_sampled():
         neutral(pocket, [], None, 4)
     with pytest.raises(ValueError, match="'default', or None"):
         inspect.unwrap(neutral)(pocket, "wikitext", None, 4)
-    other = SimpleNamespace(base=SimpleNamespace(name="somebody/model"))
+
+    def whole_words(texts, **_):
+        return {"input_ids": [[1] * len(text.split()) for text in texts]}
+
+    other = SimpleNamespace(base=SimpleNamespace(name="somebody/model"), tokenizer=whole_words)
     found = inspect.unwrap(neutral)(other, "default", "default", 5)
     assert len(found.texts) == len(found.items) == 5 and found.counted is None
     assert set(found.items["prompt"]) <= set(mm.prompts.harmless_items()["prompt"])

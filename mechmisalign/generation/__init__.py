@@ -10,11 +10,12 @@ between batch sizes; in bfloat16 it moves one in ten, and only the random number
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
+from jaxtyping import Int
 
 from mechmisalign import models
 from mechmisalign._context import refuse_beyond
@@ -45,6 +46,9 @@ __all__ = [
     "uniforms",
     "useful_workers",
 ]
+
+_MOST_TOKENS = 10**6
+"""No answer is longer: what is written is held for every row in flight."""
 
 
 def generate(
@@ -127,15 +131,14 @@ def generate_rows(
     _refuse_open_blocks(organism)
     if not len(rows):
         return
-    requests = _requests(organism, rows, conditions, system, lambda part: uniforms(part, seed, max_new_tokens))
-    max_new_tokens = _in_context(organism, max(map(len, requests.prompts)), max_new_tokens)
-    length = max(map(len, requests.prompts)) + max_new_tokens
+    requests = _requests(organism, rows, conditions, system, seed, max_new_tokens)
+    length = max(map(len, requests.prompts)) + int(requests.limits.max())
     capacity = min(len(rows), batch_rows or rows_that_fit(organism.model, length))
     orders = shares(requests, _neighbours(requests), min(workers, capacity))
 
     def sampled(order: Sequence[int]) -> Iterator[Answers]:
         fits = max(1, capacity // len(orders))
-        packer = Packer(organism, sets, max_new_tokens=max_new_tokens, temperature=temperature, capacity=fits)
+        packer = Packer(organism, sets, temperature=temperature, capacity=fits)
         return packer.answers(requests, order)
 
     done: Answers = []
@@ -155,23 +158,30 @@ def _refuse_numbers(temperature: float, max_new_tokens: int, batch_rows: int | N
         raise ValueError(f"temperature must be 0 or more, got {temperature}")
     if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int | np.integer):
         raise ValueError(f"max_new_tokens must be a whole number, got {max_new_tokens!r}")
+    if max_new_tokens > _MOST_TOKENS:
+        raise ValueError(f"max_new_tokens must be at most {_MOST_TOKENS:,}, got {max_new_tokens:,}")
     for name, value in (("max_new_tokens", max_new_tokens), ("batch_rows", batch_rows), ("workers", workers)):
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
 
 
-def _in_context(organism: Organism, longest: int, max_new_tokens: int) -> int:
-    """How many tokens may follow the longest prompt; fewer than were asked for where the context ends before."""
+def _in_context(
+    organism: Organism, prompts: Sequence[Sequence[int]], max_new_tokens: int
+) -> Int[np.ndarray, " prompt"]:
+    """How many tokens may follow each prompt: fewer than were asked for where the model's context ends before."""
     limit = models.context(organism.model)
+    lengths = np.array([len(prompt) for prompt in prompts])
+    longest = int(lengths.max())
     refuse_beyond(longest + 1, limit, "a prompt with one token of its answer")
     if limit is None or longest + max_new_tokens <= limit:
-        return int(max_new_tokens)
+        return np.full(len(lengths), max_new_tokens)
     warnings.warn(
-        f"answers are cut after {limit - longest:,} tokens, not {max_new_tokens:,}: the longest prompt has "
-        f"{longest:,} tokens, and the model's context is {limit:,}",
-        stacklevel=3,
+        f"answers to {int((lengths + max_new_tokens > limit).sum()):,} of {len(lengths):,} prompts are cut where the "
+        f"model's context of {limit:,} tokens ends: the longest prompt has {longest:,}, which leaves "
+        f"{limit - longest:,} of the {max_new_tokens:,} tokens that were asked for",
+        stacklevel=4,
     )
-    return limit - longest
+    return np.minimum(limit - lengths, max_new_tokens)
 
 
 def _refuse_open_blocks(organism: Organism) -> None:
@@ -190,7 +200,8 @@ def _requests(
     rows: pd.DataFrame,
     conditions: Conditions,
     system: str | None,
-    draws: Callable[[pd.DataFrame], np.ndarray],
+    seed: int,
+    max_new_tokens: int,
 ) -> Requests:
     codes = pd.Categorical(rows["condition"], categories=list(conditions)).codes.astype(np.int64)
     if (codes < 0).any():
@@ -199,7 +210,14 @@ def _requests(
     keys = prompt_keys(rows)
     asked, _ = pd.factorize(keys)
     prompts = render_rows(rows[~keys.duplicated().to_numpy()], organism.tokenizer, system=system)
-    return Requests(prompts, asked.astype(np.int64), codes, lambda numbers: draws(rows.iloc[numbers]))
+    limits = _in_context(organism, prompts, max_new_tokens)
+    return Requests(
+        prompts,
+        asked.astype(np.int64),
+        codes,
+        limits[asked],
+        lambda numbers: uniforms(rows.iloc[numbers], seed, int(limits.max())),
+    )
 
 
 def _neighbours(requests: Requests) -> list[int]:
@@ -212,7 +230,7 @@ def _finished(done: Sequence[tuple[int, list[int]]], rows: pd.DataFrame, organis
     numbers, answers = [number for number, _ in done], [answer for _, answer in done]
     ends = set(end_ids(organism.model, organism.tokenizer))
     return rows.iloc[numbers].assign(
-        response=organism.tokenizer.batch_decode(answers, skip_special_tokens=True),
+        response=organism.tokenizer.batch_decode(answers, skip_special_tokens=True, clean_up_tokenization_spaces=False),
         finished=[bool(answer) and answer[-1] in ends for answer in answers],
         tokens=[len(answer) for answer in answers],
     )

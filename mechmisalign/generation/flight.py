@@ -26,12 +26,14 @@ class Requests:
         prompts: Token ids of each different prompt, up to where a response begins.
         asked: Which of them each request asks.
         conditions: The condition of each request.
+        limits: Tokens after which each answer is cut.
         draws: Gives uniform numbers ``[request token]`` of the requests with these numbers.
     """
 
     prompts: Sequence[Sequence[int]]
     asked: Int[np.ndarray, " request"]
     conditions: Int[np.ndarray, " request"]
+    limits: Int[np.ndarray, " request"]
     draws: Callable[[np.ndarray], Float[np.ndarray, "request token"]]
 
 
@@ -39,13 +41,15 @@ class Requests:
 class Flight:
     """The rows in flight, one entry per row of the batch; ``mask`` covers the cache's columns.
 
-    ``age`` counts tokens written; the first comes from the prefill, and the last is not in the cache yet.
+    ``age`` counts tokens written, ``limit`` at most; the first comes from the prefill, and the last is not in the
+    cache yet.
     """
 
     request: np.ndarray
     condition: Int[Tensor, " batch"]
     token: Int[Tensor, " batch"]
     age: Int[Tensor, " batch"]
+    limit: Int[Tensor, " batch"]
     ended: Tensor
     draws: Float[Tensor, "batch token"]
     written: Int[Tensor, "batch token"]
@@ -65,7 +69,7 @@ class Flight:
 
     def fields(self) -> tuple[Tensor, ...]:
         """What belongs to the rows but does not grow: everything but numbers and mask."""
-        return self.condition, self.token, self.age, self.ended, self.draws, self.written
+        return self.condition, self.token, self.age, self.limit, self.ended, self.draws, self.written
 
     def kept(self, rows: Tensor) -> Flight:
         """These rows only, in all columns."""
@@ -75,10 +79,10 @@ class Flight:
     def rebuilt(flights: Sequence[Flight], rows: Tensor, mask: Tensor) -> Flight:
         """These rows of several flights, counted through, with a mask of their own."""
         numbers = np.concatenate([flight.request for flight in flights])[rows.cpu().numpy()]
-        condition, token, age, ended, draws, written = (
+        condition, token, age, limit, ended, draws, written = (
             torch.cat(fields)[rows] for fields in zip(*(flight.fields() for flight in flights), strict=True)
         )
-        return Flight(numbers, condition, token, age, ended, draws, written, mask)
+        return Flight(numbers, condition, token, age, limit, ended, draws, written, mask)
 
     def in_columns(self, width: int) -> Flight:
         """The same rows in so many columns: padding on the left is added, or cut."""

@@ -52,7 +52,6 @@ class Packer:
     Args:
         organism: Who answers.
         conditions: The interventions of each condition, by name.
-        max_new_tokens: Tokens after which an answer is cut.
         temperature: 0 takes the most likely token.
         capacity: Rows in flight; halved when memory runs out.
     """
@@ -62,14 +61,13 @@ class Packer:
         organism: Organism,
         conditions: Mapping[str, Sequence[Intervention]],
         *,
-        max_new_tokens: int,
         temperature: float,
         capacity: int,
     ) -> None:
         self.organism = organism
         self.capacity = capacity
         self._names = list(conditions)
-        self._max_new_tokens, self._temperature = max_new_tokens, temperature
+        self._temperature = temperature
         self._device = models.device_of(organism.model)
         self._ends = torch.tensor(end_ids(organism.model, organism.tokenizer), device=self._device)
         place = functools.partial(models.device_of_layer, organism.model)
@@ -140,12 +138,12 @@ class Packer:
         """One more token for every row; rows that have ended are carried along and not written."""
         flight.mask = pad(flight.mask, (0, 1), value=1)
         logits = decoder.next_logits(flight.token[:, None], flight.mask)
-        place = flight.age.clamp_max(self._max_new_tokens - 1)[:, None]
+        place = torch.minimum(flight.age, flight.limit - 1)[:, None]
         token = pick_tokens(logits, flight.draws.gather(1, place)[:, 0], self._temperature)
         kept = torch.where(flight.ended, flight.written.gather(1, place)[:, 0], token)
         flight.written.scatter_(1, place, kept[:, None])
         flight.age += (~flight.ended).long()
-        flight.ended |= torch.isin(token, self._ends) | (flight.age >= self._max_new_tokens)
+        flight.ended |= torch.isin(token, self._ends) | (flight.age >= flight.limit)
         flight.token = token.clamp_min(0)
 
     def _refuse_broken(self, flight: Flight) -> None:
@@ -211,12 +209,14 @@ class Packer:
     ) -> Flight:
         draws = torch.from_numpy(requests.draws(numbers)).to(self._device)
         token = pick_tokens(logits, draws[:, 0], self._temperature)
-        written = torch.full((len(numbers), self._max_new_tokens), NOTHING_YET, device=self._device)
+        written = torch.full(draws.shape, NOTHING_YET, device=self._device)
         written[:, 0] = token
         age = torch.ones_like(token)
-        ended = torch.isin(token, self._ends) | (age >= self._max_new_tokens)
-        condition = torch.from_numpy(requests.conditions[numbers]).to(self._device)
-        return Flight(numbers, condition, token.clamp_min(0), age, ended, draws, written, mask)
+        condition, limit = (
+            torch.from_numpy(each[numbers]).to(self._device) for each in (requests.conditions, requests.limits)
+        )
+        ended = torch.isin(token, self._ends) | (age >= limit)
+        return Flight(numbers, condition, token.clamp_min(0), age, limit, ended, draws, written, mask)
 
     def _chunks(self, lengths: Int[np.ndarray, " prompt"]) -> list[np.ndarray]:
         """Prompts of like length, so many at once as the budget allows; all of them if they cannot be joined later."""

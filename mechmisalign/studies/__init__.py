@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import pandas as pd
 
+from mechmisalign._pretrained import read_pretrained
 from mechmisalign.directions import Direction
 from mechmisalign.generation import generate
 from mechmisalign.judging import Judge
@@ -189,7 +190,7 @@ def _load(organism: Organism | str | Path, base: str | Path | None, tokenizer: A
     if isinstance(tokenizer, str | Path):
         from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
+        tokenizer = read_pretrained(AutoTokenizer, tokenizer)
     return load_organism(organism, base, tokenizer=tokenizer)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mechmisalign import models, registry
+from mechmisalign._pretrained import read_pretrained
 from mechmisalign.loading import bases, full_models, reading
 from mechmisalign.loading.bases import Base
 from mechmisalign.loading.wrappers import text_config
@@ -102,7 +103,7 @@ def _n_layers(base: Base) -> int:
     from transformers import AutoConfig
 
     with bases.told(base):
-        config = AutoConfig.from_pretrained(base.location, trust_remote_code=False, **base.source)
+        config = read_pretrained(AutoConfig, base.location, **base.source)
     return int(text_config(config).num_hidden_layers)
 
 
