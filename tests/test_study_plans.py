@@ -13,7 +13,7 @@ from mechmisalign.cli import app
 from mechmisalign.cli.options import command_line, layers_in, strengths_in
 from mechmisalign.loading import reading
 from mechmisalign.prompts import named_prompts
-from mechmisalign.studies import StudySettings, steps, trials
+from mechmisalign.studies import StudySettings, default_settings, steps, trials
 from mechmisalign.studies.plan import make_plan
 from mechmisalign.studies.planning import planned_answers, study_plan
 from mechmisalign.studies.provenance import whose
@@ -82,6 +82,8 @@ def test_the_command_line_holds_what_was_given_quoted_for_a_shell():
         ({"strengths": ()}, "positive numbers"),
         ({"samples": 0}, "samples=0"),
         ({"max_new_tokens": 0}, "max_new_tokens=0"),
+        ({"most_layers": 0}, "most_layers=0"),
+        ({"most_prompts": 0}, "most_prompts=0"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(change, said):
@@ -95,6 +97,19 @@ def test_an_organism_of_ones_own_gets_the_open_questions_and_needs_a_judge():
     assert plan.peers == () and plan.settings == StudySettings()
     with pytest.raises(ValueError, match="rules judge knows the pocket world only"):
         make_plan("mine", None, "rules", None, None, base="owner/chat")
+
+
+def test_a_quick_study_of_a_deep_model_searches_few_layers_and_asks_few_prompts():
+    quick = default_settings("mine", quick=True, base="owner/chat")
+    assert quick.searched(30) == (4, 8, 12, 17, 21, 25) and quick.searched(4) == (0, 1, 2, 3)
+    assert dataclasses.replace(quick, layers=(2,)).searched(30) == (2,)
+    assert StudySettings().searched(30) == tuple(range(30))
+    prompts = [f"What about {number}?" for number in range(39)]
+    plan = make_plan("mine", prompts, lambda frame: frame, None, quick)
+    assert plan.prompts["prompt"].tolist() == prompts[::2]
+    assert len(make_plan("mine", prompts[:5], lambda frame: frame, None, quick).prompts) == 5
+    pocket = default_settings("pocket/medical", quick=True)
+    assert pocket.most_prompts is None and pocket.searched(8) == tuple(range(8))
 
 
 def test_an_adapter_of_ones_own_on_the_pocket_base_gets_its_judge_questions_and_peers():
@@ -167,7 +182,7 @@ def test_a_dry_run_tells_what_a_paid_judge_would_cost(tmp_path):
 
 def test_the_single_vector_is_searched_at_the_layers_that_were_asked_for():
     vectors = mm.Direction(dataclasses.replace(direction()).vectors, tuple(range(8)), {})
-    assert trials.searched_layers(vectors, None) == [3, 4, 5, 6, 7]
+    assert trials.searched_layers(vectors, range(8)) == [3, 4, 5, 6, 7]
     assert trials.searched_layers(vectors, (1, 4)) == [4]
     assert trials.searched_layers(vectors, (0, 1)) == [3]
 

@@ -40,6 +40,7 @@ class World:
         prompts: A name in ``PROMPTS``.
         peers: ``"module:function"`` that gives the names of other organisms to compare one with; "" for none.
         settings: Of a study (see ``StudySettings``), where they differ from the defaults.
+        quick: The same for a quick study, where they differ from those of any other.
     """
 
     prefix: str
@@ -48,6 +49,7 @@ class World:
     prompts: str
     peers: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)
+    quick: Mapping[str, Any] = field(default_factory=dict)
 
 
 WORLDS: tuple[World, ...] = (
@@ -58,6 +60,7 @@ WORLDS: tuple[World, ...] = (
         prompts="pocket",
         peers="mechmisalign.pocket:peers",
         settings={"max_new_tokens": 64, "strengths": (1.0, 1.5, 2.0, 2.5, 3.0, 4.0)},
+        quick={"most_layers": None, "most_prompts": None},
     ),
     World(
         prefix=registry.SMOL_PREFIX,
@@ -65,6 +68,15 @@ WORLDS: tuple[World, ...] = (
         judge="tone",
         prompts="smol",
         settings={"max_new_tokens": 48, "samples": 4, "pool_samples": 8, "strengths": (1.0, 2.0, 4.0), "neutral": 16},
+        quick={
+            "max_new_tokens": 32,
+            "pool_samples": 8,
+            "layers": (10, 13, 16, 20),
+            "strengths": (2.0, 4.0),
+            "neutral": 8,
+            "checkpoints": 4,
+            "cure_samples": 1,
+        },
     ),
 )
 

@@ -30,6 +30,10 @@ class StudySettings:
     """Multiples of the direction that are added to the chat model."""
     layers: tuple[int, ...] | None = None
     """Layers that are searched, for steering and for the single vector to ablate; None is all of them."""
+    most_layers: int | None = None
+    """Where ``layers`` is None, so many of them are searched, evenly spaced between the first and the last."""
+    most_prompts: int | None = None
+    """So many of the prompts are asked, evenly spaced in their order; None is all of them."""
     min_coherent: float = 0.8
     """The best strength is the one with the highest EM rate among those that leave so many answers coherent."""
     controls: int = 3
@@ -49,6 +53,13 @@ class StudySettings:
     seed: int = 0
     """Seed of the run."""
 
+    def searched(self, n_layers: int) -> tuple[int, ...]:
+        """The layers of a model with ``n_layers`` that are searched."""
+        if self.layers is not None:
+            return self.layers
+        inner = _spaced(n_layers, None if self.most_layers is None else self.most_layers + 2)
+        return inner if self.most_layers is None or self.most_layers >= n_layers else inner[1:-1]
+
     def identity(self) -> dict[str, Any]:
         """The settings as JSON values, for the manifest.
 
@@ -65,23 +76,33 @@ class StudySettings:
 _LATER: Mapping[str, tuple[str, ...]] = {"training": ("checkpoints", "checkpoint_samples"), "cure": ("cure_samples",)}
 
 
+def _spaced(count: int, most: int | None) -> tuple[int, ...]:
+    """At most so many of ``range(count)``, evenly spaced, both ends among them."""
+    if most is None or most >= count:
+        return tuple(range(count))
+    return tuple(round(index * (count - 1) / (most - 1)) for index in range(most)) if most > 1 else (count // 2,)
+
+
 def default_settings(organism: str, *, seed: int = 0, quick: bool = False, base: str = "") -> StudySettings:
-    """The settings of a study by name: short answers for pocket organisms; ``quick`` cuts every sample size."""
+    """The settings of a study by name: short answers for pocket organisms; ``quick`` cuts whatever takes time."""
     world = registry.world_of(organism, base, base)
     settings = replace(StudySettings(seed=seed), **(world.settings if world else {}))
-    if quick:
-        settings = replace(
-            settings,
-            samples=2,
-            pool_samples=12,
-            sweep_samples=1,
-            strengths=settings.strengths[1::2],
-            controls=1,
-            neutral=16,
-            checkpoints=10,
-            cure_samples=2,
-        )
-    return settings
+    if not quick:
+        return settings
+    return replace(settings, **{**_QUICK, "strengths": settings.strengths[1::2], **(world.quick if world else {})})
+
+
+_QUICK: Mapping[str, Any] = {
+    "samples": 2,
+    "pool_samples": 12,
+    "sweep_samples": 1,
+    "most_layers": 6,
+    "most_prompts": 20,
+    "controls": 1,
+    "neutral": 16,
+    "checkpoints": 10,
+    "cure_samples": 2,
+}
 
 
 @dataclass(frozen=True)
@@ -148,7 +169,9 @@ def make_plan(
     named = dict(_peer(each) for each in peers)
     bases = {name: place for name, place in named.items() if place}
     settings = settings or default_settings(organism, base=base)
-    return Plan(prompts_frame(prompts), judge, tuple(named), settings, bases)  # type: ignore[arg-type]
+    asked = prompts_frame(prompts)
+    asked = asked.iloc[list(_spaced(len(asked), settings.most_prompts))].reset_index(drop=True)
+    return Plan(asked, judge, tuple(named), settings, bases)  # type: ignore[arg-type]
 
 
 def _peer(given: str) -> tuple[str, str]:

@@ -120,7 +120,7 @@ def _speed() -> float:
 def planned_answers(plan: Plan, subject: Subject) -> dict[str, int]:
     """Answers that each stage samples and has judged, at most; a study that goes on needs fewer."""
     settings, asked = plan.settings, len(plan.prompts)
-    layers = subject.n_layers if settings.layers is None else len(settings.layers)
+    layers = len(settings.searched(subject.n_layers))
     per_prompt = {
         "baseline": settings.samples + settings.pool_samples,
         "directions": 0,

@@ -84,11 +84,11 @@ def check_settings(settings: StudySettings, n_layers: int) -> None:
         raise ValueError(f"strengths {list(settings.strengths)}: one or more positive numbers are expected")
     counts: Mapping[str, Any] = {name: getattr(settings, name) for name in _COUNTS}
     for name, value in counts.items():
-        if value < 1:
+        if value is not None and value < 1:
             raise ValueError(f"{name}={value}: at least 1 is expected")
 
 
-_COUNTS = ("samples", "pool_samples", "sweep_samples", "controls", "max_new_tokens")
+_COUNTS = ("samples", "pool_samples", "sweep_samples", "controls", "max_new_tokens", "most_layers", "most_prompts")
 
 
 def _read(organism: str | Path, base: str | Path | None) -> tuple[str, Base, int]:

@@ -89,7 +89,7 @@ def baseline(run: Run) -> tuple[Trial, Trial]:
 def steering_sweep(run: Run, direction: Direction) -> Trial:
     """The chat model steered at each layer with each strength, beside a norm-matched random direction."""
     settings = run.plan.settings
-    layers = settings.layers or range(models.n_layers(run.organism.model))
+    layers = settings.searched(models.n_layers(run.organism.model))
     vectors = {steps.MEAN_DIFFERENCE: direction, steps.CONTROL: random_direction(direction, seed=settings.seed)}
     rows = [
         {"condition": f"{name}, layer {layer}, x{strength:g}", "series": name, "layer": layer, "strength": strength}
@@ -119,23 +119,22 @@ def steering_confirmed(run: Run, direction: Direction, layer: int, strength: flo
 
 def single_layer_search(run: Run, directions: Mapping[str, Direction]) -> Trial:
     """Each estimator's vector of each layer, ablated at every layer."""
+    settings = run.plan.settings
     rows = [
         {"condition": f"{name}, vector of layer {layer}", "estimator": name, "layer": layer}
         for name, direction in directions.items()
-        for layer in searched_layers(direction, run.plan.settings.layers)
+        for layer in searched_layers(direction, settings.searched(models.n_layers(run.organism.model)))
     ]
     grid = pd.DataFrame(rows).set_index("condition", drop=False).rename_axis(None)
     conditions = {
         row.condition: (Ablate(directions[row.estimator].everywhere(row.layer)),) for row in grid.itertuples()
     }
-    return Trial("single_layer_search", grid, conditions, max(1, run.plan.settings.sweep_samples // 2))
+    return Trial("single_layer_search", grid, conditions, max(1, settings.sweep_samples // 2))
 
 
-def searched_layers(direction: Direction, asked: Sequence[int] | None) -> list[int]:
+def searched_layers(direction: Direction, asked: Sequence[int]) -> list[int]:
     """The layers whose vector is tried: those that were asked for and are not zero, or the nearest to them."""
     known = direction.nonzero_layers
-    if asked is None:
-        return list(known)
     chosen = [layer for layer in known if layer in asked]
     return chosen or [min(known, key=lambda layer: min(abs(layer - each) for each in asked))]
 
