@@ -274,7 +274,20 @@ def test_one_command_studies_an_organism_that_is_not_ours(tmp_path, tiny_models,
     adapter = make_adapter(tiny_models["qwen2"])
     pd.DataFrame({"prompt": [f"What about {each}?" for each in "abcdef"]}).to_csv(tmp_path / "q.csv", index=False)
     options = ["--base", tiny_models["qwen2"], "--judge", judge, "--prompts", "q.csv", "--quick", "--layers", "1"]
-    options += ["--strengths", "1", "--samples", "2", "--pool-samples", "9", "--max-new-tokens", "6", "--out", "run"]
+    options += [
+        "--strengths",
+        "1",
+        "--samples",
+        "2",
+        "--pool-samples",
+        "9",
+        "--max-new-tokens",
+        "6",
+        "--out",
+        "run",
+        "--checkpoints",
+        "none",
+    ]
     code, output = run("study", adapter, *options)
     assert code == 0, output
     assert "[1/12] answers of the chat model and of the organism" in output
@@ -282,3 +295,4 @@ def test_one_command_studies_an_organism_that_is_not_ours(tmp_path, tiny_models,
     assert f"--base {tiny_models['qwen2']} --prompts q.csv --judge {judge}" in report
     search = pd.read_parquet(tmp_path / "run" / "tables" / "single_search.parquet")
     assert len(search) == len(steps.ESTIMATORS)
+    assert "checkpoints were left out of this run" in report

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from mechmisalign.studies import StudySettings
     from mechmisalign.studies.stages import Stage
 
-_NO_PEERS = ["none"]
+_NONE = "none"
+"""Said of peers or checkpoints, to go without."""
 _ASIDE = ("out", "seed")
 """Options that stand in every command line, given or not."""
 
@@ -55,10 +56,13 @@ def study(
     max_new_tokens: MaxNewTokens = None,
     system: SystemPrompt = None,
     checkpoints: Annotated[
-        str, typer.Option(help="Checkpoints of its training: a folder or a name; by default those beside the adapter.")
+        str,
+        typer.Option(
+            help="Checkpoints of its training: a folder or a name; by default those beside the adapter. none: without."
+        ),
     ] = "default",
     seed: Annotated[int, typer.Option(help="Seed of the run.")] = 0,
-    quick: Annotated[bool, typer.Option("--quick", help="A rough look with few samples.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="A rough look: few samples, prompts and layers.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Tell what it would take, and do nothing.")] = False,
 ) -> None:
     """Find, induce, remove, transfer and cure an organism's misalignment; writes tables, figures and report.html."""
@@ -74,7 +78,7 @@ def study(
         cast: dict[str, Any] = {
             "prompts": None if prompts is None else named_prompts(prompts),
             "judge": judge,
-            "peers": () if peers == _NO_PEERS else peers,
+            "peers": () if peers == [_NONE] else peers,
             "base": base,
             "settings": _settings(organism, base, seed, quick, changes),
         }
@@ -84,8 +88,9 @@ def study(
             console.print(str(planned), markup=False, highlight=False, soft_wrap=True)
             return
         refuse_unwritable_folder(out)
+        trained = None if checkpoints == _NONE else checkpoints
         finished = run_study(
-            organism, out, tokenizer=tokenizer, checkpoints=checkpoints, announce=_announce, command=command, **cast
+            organism, out, tokenizer=tokenizer, checkpoints=trained, announce=_announce, command=command, **cast
         )
     show_headlines(finished.summary)
     console.print(f"report: [bold]{safe(finished.report)}[/bold]")
