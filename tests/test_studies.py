@@ -586,6 +586,22 @@ def test_the_best_cell_is_coherent():
     assert steps.best_cell(sweep, 0.8) == (2, 2.0)
 
 
+def test_of_equally_good_cells_the_figure_marks_the_one_that_the_study_chose():
+    for order in ([0, 1, 2, 3], [3, 2, 1, 0]):
+        sweep = pd.DataFrame(
+            {
+                "series": steps.MEAN_DIFFERENCE,
+                "layer": [1, 1, 2, 2],
+                "strength": [2.0, 4.0, 2.0, 4.0],
+                "rate": [0.1, 0.4, 0.4, 0.4],
+                "coherent": [1.0, 0.9, 1.0, 1.0],
+            }
+        ).iloc[order]
+        assert steps.best_cell(sweep, 0.8) == (2, 2.0)
+        best = [patch.get_xy() for patch in mm.plots.layer_strength_heatmap(sweep).axes[1].patches]
+        assert best == [(0.5, -0.5)]  # the second layer, the first strength
+
+
 def with_summary(finished, **changes) -> Records:
     """The finished run as if it had found something else."""
     records = Records.load(finished.out)

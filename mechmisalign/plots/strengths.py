@@ -30,7 +30,8 @@ def layer_strength_heatmap(rates: pd.DataFrame, *, min_coherent: float = 0.8) ->
     """EM rate by layer and strength, one map for each series; cells whose answers are broken are hatched.
 
     The best cell is the one with the highest rate among those that stay coherent: a rate that is bought with word
-    salad is no result. Cells that were not measured stay white.
+    salad is no result. Of several such, it is the most coherent, then the one of the lowest strength and layer. Cells
+    that were not measured stay white.
 
     Args:
         rates: Columns ``layer, strength, rate, coherent``, one row per cell; optional ``series`` (those that say
@@ -57,7 +58,8 @@ def layer_strength_heatmap(rates: pd.DataFrame, *, min_coherent: float = 0.8) ->
         _draw_cells(ax, image, cells[0], broken)
         sound = np.where(broken, np.nan, cells[0])
         if not is_control(pd.Series([name])).item() and np.nanmax(np.nan_to_num(sound)) > 0:
-            row, column = np.unravel_index(np.nanargmax(sound), sound.shape)
+            ranks = np.lexsort((-np.nan_to_num(cells[1]).ravel(), -np.nan_to_num(sound, nan=-1.0).ravel()))
+            row, column = np.unravel_index(ranks[0], sound.shape)
             ax.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, zorder=3, **_BEST))
         ax.set_title(str(name), fontsize=SMALL, loc="left", pad=3, color=INK)
         _cell_axes(ax, layers, strengths)

@@ -72,7 +72,8 @@ def find(organism: Organism, given: str | Path | None) -> Checkpoints:
     if place is None:
         return NONE
     try:
-        return Checkpoints(_checked(Trajectory.load(place), adapter.base, str(place)), str(place))
+        shown = organism.name if registry.is_reserved(organism.name) and isinstance(place, Path) else str(place)
+        return Checkpoints(_checked(Trajectory.load(place), adapter.base, shown), shown)
     except TrajectoryError as error:
         return Checkpoints(None, missing=f"the checkpoints beside the adapter cannot be followed: {error}")
 

@@ -166,10 +166,14 @@ ESTIMATORS: Mapping[str, Callable[[Readings], Direction]] = {
 
 
 def best_cell(sweep: pd.DataFrame, min_coherent: float) -> tuple[int, float]:
-    """Layer and strength with the highest EM rate among the coherent ones (of the least incoherent, if none is)."""
+    """Layer and strength with the highest EM rate among the coherent ones (among all, if none is).
+
+    Of several such cells the most coherent, then the one of the lowest strength and layer: that of the figure.
+    """
     cells = sweep[sweep["series"] == MEAN_DIFFERENCE]
     coherent = cells[cells["coherent"] >= min_coherent]
-    best = (coherent if len(coherent) else cells).sort_values(["rate", "coherent"]).iloc[-1]
+    by, rising = ["rate", "coherent", "strength", "layer"], [False, False, True, True]
+    best = (coherent if len(coherent) else cells).sort_values(by, ascending=rising).iloc[0]
     return int(best["layer"]), float(best["strength"])
 
 

@@ -115,7 +115,7 @@ def _told_source(source: pd.Series) -> str:
     end = "where the organism's own adapter is" if cosine >= _SAME else "at another adapter than the organism's"
     return (
         f"{source['checkpoints']} checkpoints from step {source['first']} to {source['last']} ({source['source']}) end "
-        f"{end} (cosine of the updates {cosine:.2f}). The chat model wore each of them, as it is and scaled up."
+        f"{end} (cosine of the updates {cosine:.2f}). Each was put on the chat model as it is and scaled up."
     )
 
 
