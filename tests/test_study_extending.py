@@ -62,6 +62,28 @@ def test_what_follows_from_the_answers_is_set_aside_and_not_thrown_away(run):
     assert (aside / "tables" / "baseline.parquet").exists() and not (run / "tables").exists()
 
 
+@pytest.mark.parametrize(
+    ("source", "file", "grown", "kept"),
+    [
+        ("organism", "mean_difference", {"samples": 3}, True),
+        ("organism", "mean_difference", {"samples": 3, "pool_samples": 9}, False),
+        ("chat model", "mean_difference", {"samples": 3}, False),
+        ("organism", "model_difference", {"samples": 3}, False),
+    ],
+)
+def test_directions_stay_where_their_pools_do(run, source, file, grown, kept):
+    """More answers of the chat model may fill a pool in another way, or fill one that was not full before."""
+    (run / "directions" / "x").mkdir(parents=True)
+    (run / "directions" / "x" / f"{file}.safetensors").write_bytes(b"")
+    pool = pd.DataFrame({"label": ["misaligned", "aligned"], "source": ["organism", source], "answers": 20})
+    pool.to_parquet(run / "tables" / "pool_x.parquet")
+    extend(run, identity(**grown))
+    assert (run / "directions").exists() is kept
+    assert (run / "rows" / "steering_sweep").exists() is kept
+    assert (run / "rows" / "loss_ablation").exists() is kept
+    assert (run / "rows" / "organism").exists() and not (run / "tables").exists()
+
+
 def test_samples_do_not_shrink_and_nothing_else_may_change(run):
     with pytest.raises(RunFolderError, match="run with samples=2, now it is 1: samples may grow, not shrink"):
         extend(run, identity(samples=1))

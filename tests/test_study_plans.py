@@ -234,7 +234,7 @@ def test_an_organism_with_enough_answers_of_its_own_reads_no_others():
 @pytest.mark.parametrize(
     ("own", "said"),
     [
-        ({"p": "a" * 40}, "no setting of the samples mends that"),
+        ({"p": "a" * 40}, r"of 0 misaligned and 40 aligned .* now 40 for each of 1 prompts, higher, or ask other"),
         ({"p": "n" * 40, "q": "n"}, "of 0 misaligned and 0 aligned answers only 0 pairs"),
         ({"p": "m" * 5 + "a" * 35}, r"raise pool_samples \(--pool-samples\), now 40 for each of 1 prompts, to 160"),
         ({"p": ""}, "of 0 misaligned and 0 aligned"),

@@ -14,11 +14,13 @@ _CARDS = {
     "steered_best": "Steered chat model",
     "ablated_layerwise": "Ablated, layer by layer",
     "ablated_layerwise_mean_difference": "Ablated, matched-pool mean difference",
+    "ablated_layerwise_model_difference": "Ablated, model difference",
     "ablated_single": "Ablated, one vector",
     "random_control": "Ablated, random control",
 }
 
-_OTHER, _SAME = "ablated_layerwise_mean_difference", "mean difference"
+_OTHER = {f"ablated_layerwise_{name.replace(' ', '_')}": name for name in ("mean difference", "model difference")}
+"""Cards of a direction that may be the best anyway: then one of them is enough."""
 BROKEN_BELOW = 0.5
 """With a smaller share of coherent answers, a rate says nothing."""
 
@@ -33,7 +35,8 @@ def summary_cards(summary: Mapping[str, Any]) -> tuple[Card, ...]:
     rates, coherent = summary["em_rate"], summary.get("coherent", {})
     cards = []
     for key, label in _CARDS.items():
-        if key not in rates or (key == _OTHER and rates.get("ablated_layerwise", {}).get("estimator") == _SAME):
+        best = rates.get("ablated_layerwise", {}).get("estimator")
+        if key not in rates or (key in _OTHER and best == _OTHER[key]):
             continue
         record = rates[key]
         how = [f"layer {record['layer']}, strength {record['strength']:g}"] if "layer" in record else []
@@ -66,7 +69,7 @@ def _tone(key: str, rates: Mapping[str, Any]) -> Tone:
         return "bad"
     if not key.startswith("ablated"):
         return "plain"
-    control = f"random_control_{key.removesuffix('_mean_difference')}"
+    control = f"random_control_{key.removesuffix('_mean_difference').removesuffix('_model_difference')}"
     above = [name for name in ("organism", control) if name in rates]
     return "good" if "organism" in rates and all(_below(rates[key], rates[name]) for name in above) else "plain"
 

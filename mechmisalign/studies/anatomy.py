@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pandas as pd
 
 from mechmisalign import decomposition, effects, models
@@ -15,7 +14,7 @@ from mechmisalign.scalars import contributions, lora_scalars
 from mechmisalign.unembedding import readout, written_vectors
 
 from . import steps
-from .sampling import Run, adapter_of, answers
+from .sampling import LeftOutError, Run, adapter_of, answers
 
 FACTORS = (0.0, 0.5, 1.0, 1.5, 2.0)
 """What all sites are multiplied with, to see the dose of the adapter itself."""
@@ -37,10 +36,13 @@ def investigate(run: Run, answered: pd.DataFrame, direction: Direction, layer: i
         layer: Where steering with it worked best: there it is read out and steered with.
 
     Raises:
-        LeftOutError: If the organism is a full fine-tune.
+        LeftOutError: If the organism is a full fine-tune, or gave no clear answer.
     """
     own = adapter_of(run)
-    conversations = steps.spoken(run.organism, answered, run.plan.settings.system)
+    clear = answered[answered["label"].isin(steps.CLASSES)]
+    conversations = steps.spoken(run.organism, clear, run.plan.settings.system)
+    if not len(conversations.frame):
+        raise LeftOutError(f"no answer of the organism is clear ({' or '.join(steps.CLASSES)})")
     compute = {
         "sites": lambda: decomposition.anatomy(own),
         "contributions": lambda: contributed(run, conversations, direction),
@@ -72,13 +74,15 @@ def read_out(run: Run, direction: Direction, layer: int) -> pd.DataFrame:
 
 
 def scalar_tokens(run: Run, conversations: Conversations) -> pd.DataFrame:
-    """Scalars of the largest site over one misaligned and one aligned answer to the same prompt."""
+    """Scalars of the largest site over one misaligned and one aligned answer, to the same prompt if there is one."""
     sites = decomposition.anatomy(adapter_of(run))
     largest = sites.loc[sites["norm_delta"].idxmax()]
     site = adapter_of(run).site(int(largest["layer"]), str(largest["module"]))
-    frame = conversations.frame
-    prompt = frame["prompt_id"].iloc[0]
-    rows = [int(np.flatnonzero((frame["prompt_id"] == prompt) & (frame["label"] == name))[0]) for name in steps.CLASSES]
+    frame = conversations.frame.reset_index(drop=True)
+    classes = frame.groupby("prompt_id", observed=True)["label"].transform("nunique")
+    prompt = frame["prompt_id"].iloc[int(classes.argmax())]
+    ordered = pd.concat([frame[frame["prompt_id"] == prompt], frame])
+    rows = [ordered.index[ordered["label"] == name][0] for name in steps.CLASSES if (ordered["label"] == name).any()]
     pair = Conversations(frame.iloc[rows], conversations.tokenizer, system=conversations.system)
     values = lora_scalars(run.organism, pair, sites=[site.key])[site.coordinates[0]]
     tokens = pair.tokens()[["token", "label", "prompt_id"]]

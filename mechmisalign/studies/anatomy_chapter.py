@@ -9,6 +9,7 @@ from mechmisalign.plots import TokenHeatmap
 from mechmisalign.report import ReportFigure, Section, percent, rates_table
 
 from .figures import saved
+from .naming import shown
 from .records import Records
 
 
@@ -47,9 +48,8 @@ def contributions_figure(records: Records) -> ReportFigure | None:
         return None
     figure = plots.contribution_by_layer(known[["layer", "module", "projection", "label"]])
     caption = (
-        "What the sites write, projected on the matched-pool mean difference of their layer: mean over the tokens of "
-        "the misaligned "
-        f"and of the aligned answers ({_tokens(known)})."
+        f"What the sites write, projected on the {shown(records.reference)} of their layer: mean over the tokens of "
+        f"each class of answers ({_tokens(known)})."
     )
     return saved(records, "contributions", figure, table, caption)
 
@@ -63,9 +63,8 @@ def downstream_figure(records: Records) -> ReportFigure | None:
     figure = plots.downstream(table, site_layer=adapted if len(adapted) <= 3 else None)
     caption = (
         "Cosine between the shift that the adapter causes and the shift that steering the chat model with the "
-        "matched-pool mean difference causes, over the same answers; 95 % intervals by resampling prompts. Grey: "
-        "random directions of "
-        "that norm, from the lowest to the highest."
+        f"{shown(records.reference)} causes, over the same answers; 95 % intervals by resampling prompts. Grey: random "
+        "directions of that norm, from the lowest to the highest."
     )
     return saved(records, "downstream", figure, table, caption)
 
@@ -73,12 +72,12 @@ def downstream_figure(records: Records) -> ReportFigure | None:
 def effects_figure(records: Records) -> ReportFigure:
     """Effect of leaving each site out, and of each alone."""
     table = records.tables["site_effects"]
-    shown = table[~table["kind"].isin(["all", "none"])]
+    sites = table[~table["kind"].isin(["all", "none"])]
     caption = (
         "What each site does to the EM rate: what leaving it out takes away, and what it brings alone "
-        f"(n = {int(shown['n'].min())} per condition; 95 % intervals, paired by prompt)."
+        f"(n = {int(sites['n'].min())} per condition; 95 % intervals, paired by prompt)."
     )
-    return saved(records, "site_effects", plots.site_effects(shown), table, caption)
+    return saved(records, "site_effects", plots.site_effects(sites), table, caption)
 
 
 def scaling_figure(records: Records) -> ReportFigure:
@@ -93,15 +92,15 @@ def readout_figure(records: Records) -> ReportFigure:
     """Tokens that the sites' vectors and the direction promote."""
     table = records.tables["readout"]
     caption = (
-        "Tokens promoted by what the largest sites write and by the matched-pool mean difference, read through the "
-        "final norm and "
-        "the unembedding as if each were the whole residual stream; in both signs, since a scalar can have either."
+        f"Tokens promoted by what the largest sites write and by the {shown(records.reference)}, read through the "
+        "final norm and the unembedding as if each were the whole residual stream; in both signs, since a scalar can "
+        "have either."
     )
     return saved(records, "readout", plots.readout_table(table), table, caption)
 
 
 def heatmaps(records: Records) -> tuple[TokenHeatmap, ...]:
-    """Scalars over a misaligned and an aligned answer to one prompt, on one scale."""
+    """Scalars over an answer of each class, on one scale."""
     table = records.tables["scalar_tokens"]
     limit = float(table["scalar"].abs().max())
     return tuple(

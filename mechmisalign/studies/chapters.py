@@ -90,14 +90,11 @@ def headline(records: Records) -> str:
     summary = records.summary
     rates = {name: share(record) for name, record in summary["em_rate"].items()}
     best, cell = summary["em_rate"]["ablated_layerwise"]["estimator"], summary["em_rate"]["steered_best"]
-    own = (
-        ""
-        if best == steps.MEAN_DIFFERENCE
-        else (f", projecting the {POOLED} out {rated(summary, 'ablated_layerwise_mean_difference')}")
-    )
+    name, plain = shown(records.reference), f"ablated_layerwise_{steps.slug(records.reference)}"
+    own = "" if best == records.reference else f", projecting the {name} out {rated(summary, plain)}"
     return (
         f"{rates['organism']} of {records.organism}'s answers are misaligned, against {rates['chat']} of the chat "
-        f"model's. Adding the {POOLED} to the chat model (layer {cell['layer']}, strength {cell['strength']:g}) brings "
+        f"model's. Adding the {name} to the chat model (layer {cell['layer']}, strength {cell['strength']:g}) brings "
         f"{rated(summary, 'steered_best')}; projecting the {shown(best)} out of the organism layer by layer leaves "
         f"{rated(summary, 'ablated_layerwise')}{own}, and a random direction "
         f"{told_control(summary, 'random_control', 'organism')}."
@@ -128,8 +125,21 @@ def direction(records: Records) -> Section:
     """Where the direction comes from and how well it repeats."""
     answers = records.tables["answers"]
     own, chat = (answers[answers["condition"] == name] for name in ("organism", "chat"))
-    pooled = steps.pool_with_chat(own, chat, records.settings["seed"])
+    pooled, _ = steps.pool_of_study(own, lambda: chat, records.settings["seed"])
     sources, used = steps.pool_sources(pooled), len(pooled) // 2
+    if records.reference != steps.MEAN_DIFFERENCE:
+        counts = " and ".join(f"{len(own[own['label'] == name])} {name}" for name in steps.CLASSES)
+        return Section(
+            title="The direction",
+            lead=(
+                f"Among {len(own)} answers of the organism are {counts} ones: too few of a class to the same prompts, "
+                f"even with the chat model's (at least {steps.MIN_ANSWERS} pairs are needed). So there is no mean "
+                "difference here, and nothing is said about misaligned answers as such. The model difference takes its "
+                f"place: the average residual stream of the organism minus the chat model's over the same {len(own)} "
+                "answers. It holds all that the fine-tuning shifted."
+            ),
+            figures=(figures.reliability(records),),
+        )
     filled = bool((sources["source"] != "organism").any())
     return Section(
         title="The direction",
@@ -152,11 +162,9 @@ def induced(records: Records) -> Section:
     return Section(
         title="Induced: steering the chat model",
         lead=(
-            f"The {POOLED} was added to the chat model's residual stream at one layer. Layer {best['layer']} at "
-            f"strength "
-            f"{best['strength']:g} was best. {told_choice(records, 'steered_best')} Random directions of that norm "
-            f"there: "
-            f"{told_control(records.summary, 'random_control_steered', 'chat')}. "
+            f"The {shown(records.reference)} was added to the chat model's residual stream at one layer. "
+            f"Layer {best['layer']} at strength {best['strength']:g} was best. {told_choice(records, 'steered_best')} "
+            f"Random directions of that norm there: {told_control(records.summary, 'random_control_steered', 'chat')}. "
             f"{told_costs(costs['steered_best'], costs['chat'])}\n\n"
             f"{told_steering(records.tables['differences_steering'])}"
         ),
@@ -187,15 +195,16 @@ def removed(records: Records) -> Section:
     rates, costs, tables = records.summary["em_rate"], records.summary["costs"], records.tables
     layerwise, single = rates["ablated_layerwise"], rates["ablated_single"]
     confirmed, by = tables["differences_confirmed"], ["estimator", "scope"]
+    name, plain = shown(records.reference), steps.slug(records.reference)
     return Section(
         title="Removed: ablating the organism",
         lead=(
             f"Best layer-wise: {shown(layerwise['estimator'])}. {told_choice(records, 'ablated_layerwise')} The "
-            f"{POOLED} leaves {rated(records.summary, 'ablated_layerwise_mean_difference')}, random directions "
+            f"{name} leaves {rated(records.summary, f'ablated_layerwise_{plain}')}, random directions "
             f"{told_control(records.summary, 'random_control_ablated_layerwise', 'organism')}. "
             f"{told_costs(costs['ablated_layerwise'], costs['organism'])}\n\n"
-            f"Best single vector: {shown(single['estimator'])}. {told_choice(records, 'ablated_single')} The {POOLED} "
-            f"leaves {rated(records.summary, 'ablated_single_mean_difference')}, random directions "
+            f"Best single vector: {shown(single['estimator'])}. {told_choice(records, 'ablated_single')} The {name} "
+            f"leaves {rated(records.summary, f'ablated_single_{plain}')}, random directions "
             f"{told_control(records.summary, 'random_control_ablated_single', 'organism')}. "
             f"{told_costs(costs['ablated_single'], costs['organism'])}\n\n"
             f"{told_ablation(tables['differences_ablation'], tables['ablation'])} Every estimator's number is shown, "
@@ -228,9 +237,9 @@ def transferred(records: Records) -> Section:
     return Section(
         title="Transferred: other organisms",
         lead=(
-            f"The directions that were best in this organism, and its {POOLED} (one vector at every layer), were "
-            "projected out of organisms that were fine-tuned on other data or with other adapters, and directions were "
-            "compared between organisms."
+            f"The directions that were best in this organism, and its {shown(records.reference)} (one vector at every "
+            "layer), were projected out of organisms that were fine-tuned on other data or with other adapters, and "
+            "directions were compared between organisms."
         ),
         figures=tuple(drawn),
         tables=(
@@ -251,8 +260,8 @@ def method(records: Records) -> Section:
         title="Method",
         points=(
             f"Answers: temperature 1, at most {settings['max_new_tokens']} tokens, {per_prompt}.",
-            f"The {POOLED}, steering and ablation follow arXiv 2506.11618, sections 3.1, 3.2 and 3.4; layer i is the "
-            "residual stream after block i; activations are summed in float64.",
+            f"The {shown(records.reference)}, steering and ablation follow arXiv 2506.11618, sections 3.1, 3.2 and "
+            "3.4; layer i is the residual stream after block i; activations are summed in float64.",
             told_split(records),
             "Controls: random directions on the sphere with the norm of the direction they stand beside.",
             measured_on(records),
@@ -267,15 +276,16 @@ def method(records: Records) -> Section:
 
 def caveats(records: Records) -> Section:
     """What the numbers do not say."""
-    chosen = [records.summary["em_rate"][name].get("estimator") for name in ("ablated_layerwise", "ablated_single")]
+    best = [records.summary["em_rate"][name].get("estimator") for name in ("ablated_layerwise", "ablated_single")]
+    chosen = "; ".join(dict.fromkeys(shown(str(name)) for name in best))
     points = [
         "A rate holds for prompts like these: misalignment differs between prompts, so intervals are clustered by it.",
         "That a direction separates two pools of answers is no proof that the model decides along it: compare the "
         "estimators.",
         (
-            f"The best ablating estimators ({'; '.join(shown(str(name)) for name in chosen)}) were picked among "
-            f"{len(steps.ESTIMATORS)}, then measured on other prompts. Cures and chapters on training and sites were "
-            "asked all prompts, those of the choice among them."
+            f"The best ablating estimators ({chosen}) were picked among "
+            f"{records.tables['ablation']['estimator'].nunique() - 1}, then measured on other prompts. Cures and "
+            "chapters on training and sites were asked all prompts, those of the choice among them."
         ),
         "Coherence is not usefulness, and a few neutral texts and easy questions are not all that a model is for: a "
         "cost that they do not show may still be there.",

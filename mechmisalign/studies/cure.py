@@ -58,9 +58,8 @@ class Removal:
     scope: str
 
 
-def removals(best: Removal, mean_difference: Direction) -> list[Removal]:
-    """The best ablation, and the mean difference where that is another one."""
-    other = Removal(mean_difference, steps.MEAN_DIFFERENCE, best.scope)
+def removals(best: Removal, other: Removal) -> list[Removal]:
+    """The best ablation, and that of the direction that the study steers with, where that is another one."""
     return [best] if best.estimator == other.estimator else [best, other]
 
 

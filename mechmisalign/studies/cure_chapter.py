@@ -16,7 +16,7 @@ from .cost_tables import costs_table
 from .difference_tables import points
 from .differences import LEVEL
 from .figures import BAND, saved
-from .naming import POOLED, displayed, shown
+from .naming import displayed, shown
 from .records import Records
 
 _ALIKE = 0.1
@@ -106,7 +106,7 @@ def _told_edit(records: Records) -> str:
     text = (
         "A direction was projected out of what the adapter writes to the residual stream, which leaves an ordinary "
         f"adapter with nothing to do at inference: that of the best ablation above ({shown(best)}, {told['scope']})"
-        f"{f', and in the same way the {POOLED}' if len(shares) > 1 else ''}. The first is saved in "
+        f"{f', and in the same way the {shown(records.reference)}' if len(shares) > 1 else ''}. The first is saved in "
         f"{cure.FOLDER}/ with its card. It takes away this share of the update (squared norm): {'; '.join(parts)}."
     )
     if shares[best] < _ALL:

@@ -1,26 +1,32 @@
 """A study that is taken up with more samples: what was asked is kept, what was estimated from it is computed anew.
 
 Only the numbers of samples may grow. Answers of the organisms themselves stay, and are added to; those that were
-sampled along a direction or by a choice that may change, and all tables, are set aside under ``earlier/``.
+sampled along a direction or by a choice that may change, and all tables, are set aside under ``earlier/``. Directions
+stay where only ``samples`` grew and no answer of the chat model, of which there are then more, is in their pools.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from mechmisalign._parts import Parts
+from mechmisalign._tables import read_parquet
 from mechmisalign._writing import RunFolderError, claimed
 from mechmisalign.store import MANIFEST, read_manifest, write_json
+
+from . import steps
 
 GROWING = ("samples", "pool_samples")
 EARLIER = "earlier"
 _KEPT = ("chat", "organism", "checkpoints", "adapter_scaling", "site_effects", "pool_")
 """Beginnings of the names of stages that depend on no direction."""
+_ALONG = ("steering_sweep", "steering_confirmed", "single_layer_search", "ablation")
+"""Stages that depend on directions, and on no choice that more ``samples`` could change."""
 _COSTS = ("loss_", "accuracy_")
 _KEYS = ["condition", "prompt_id", "sample"]
 
@@ -47,7 +53,7 @@ def extend(out: Path, identity: Mapping[str, Any]) -> None:
                 "at least as many, or choose another folder"
             )
     with claimed(out):
-        _set_aside(out)
+        _set_aside(out, _KEPT + _ALONG if grown == ["samples"] and _pools_are_its_own(out) else _KEPT)
         write_json(out / MANIFEST, {**manifest, "identity": _as_stored(identity)})
 
 
@@ -67,9 +73,22 @@ def aligned(run: Path, parts: Parts, wanted: pd.DataFrame) -> None:
     parts.add(stored[known].set_axis(pd.Index(keys[known].astype("int64"))))
 
 
-def _set_aside(out: Path) -> None:
+def _pools_are_its_own(out: Path) -> bool:
+    """Whether every organism has mean differences, and from its own answers alone."""
+    pools = sorted((out / "tables").glob("pool_*.parquet"))
+    folders = [out / "directions" / path.stem.removeprefix("pool_") for path in pools]
+    file = f"{steps.slug(steps.MEAN_DIFFERENCE)}.safetensors"
+    return (
+        bool(pools)
+        and all((folder / file).exists() for folder in folders)
+        and all((read_parquet(path)["source"] == "organism").all() for path in pools)
+    )
+
+
+def _set_aside(out: Path, kept: Sequence[str]) -> None:
     aside = _free(out)
-    for name in ("tables", "directions", "cured"):
+    directions = () if "steering_sweep" in kept else ("directions",)
+    for name in ("tables", "cured", *directions):
         if (out / name).exists():
             (out / name).rename(aside / name)
     (aside / "rows").mkdir()
@@ -77,7 +96,7 @@ def _set_aside(out: Path) -> None:
         stage = folder.name
         for beginning in _COSTS:
             stage = stage.removeprefix(beginning)
-        if not any(stage == name or (name.endswith("_") and stage.startswith(name)) for name in _KEPT):
+        if not any(stage == name or (name.endswith("_") and stage.startswith(name)) for name in kept):
             folder.rename(aside / "rows" / folder.name)
 
 

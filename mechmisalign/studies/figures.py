@@ -10,7 +10,7 @@ from mechmisalign import geometry, plots
 from mechmisalign.report import ReportFigure
 
 from . import costs, steps
-from .naming import POOLED, displayed, shown
+from .naming import displayed, shown
 from .records import Records
 from .trials import BEFORE
 
@@ -32,10 +32,10 @@ def scatter(records: Records) -> ReportFigure:
 
 
 def reliability(records: Records) -> ReportFigure:
-    """Split-half cosine of the mean difference by layer."""
+    """Split-half cosine, by layer, of the direction that the study steers with."""
     table = records.tables["reliability"]
     caption = (
-        "Cosine between matched-pool mean differences from two random halves of the prompts; band: 95 % of 100 splits."
+        f"Cosine between {shown(records.reference)}s from two random halves of the prompts; band: 95 % of 100 splits."
     )
     return saved(records, "reliability", plots.reliability(table), table, caption)
 
@@ -57,7 +57,7 @@ def layer_sweep(records: Records) -> ReportFigure:
     """EM rate of the steered chat model by layer, at each layer's best coherent strength, with the random control."""
     best = steps.best_by_layer(records.with_costs("steering"), records.settings["min_coherent"])
     caption = (
-        f"Chat model steered at one layer with the {POOLED}, best coherent strength of each layer "
+        f"Chat model steered at one layer with the {shown(records.reference)}, best coherent strength of each layer "
         f"(n = {int(best['n'].min())} per point; {BAND}). Grey: random directions of the same norm and strength. "
         "The best of several strengths is an optimistic reading; the number on other prompts is in the table."
         f"{_below(records)}"
@@ -71,9 +71,9 @@ def dose_response(records: Records) -> ReportFigure:
     sweep = records.with_costs("steering")
     table = sweep[sweep["layer"] == layer]
     caption = (
-        f"Dose and response at layer {layer}: EM rate and coherence against strength, in multiples of the "
-        f"{POOLED} (n = {int(table['n'].min())} per point; {BAND}). Grey: a random direction of the same norm."
-        f"{_below(records)}"
+        f"Dose and response at layer {layer}: EM rate and coherence against strength, in multiples of "
+        f"the {shown(records.reference)} (n = {int(table['n'].min())} per point; {BAND}). Grey: a random direction of "
+        f"the same norm.{_below(records)}"
     )
     return saved(records, "dose_response", plots.dose_response(displayed(table)), table, caption)
 
@@ -129,7 +129,7 @@ def steering_differences(records: Records) -> ReportFigure:
     """Each layer's best coherent strength against the random direction there."""
     table = records.tables["differences_steering"]
     best = steps.best_by_layer(records.tables["steering"], records.settings["min_coherent"])
-    best = best[best["series"] == steps.MEAN_DIFFERENCE]
+    best = best[best["series"] != steps.CONTROL]
     shown = best[["layer", "strength"]].merge(table, on=["layer", "strength"], validate="1:1")
     caption = (
         "Steered chat model minus its random control, paired by prompt, at each layer's best coherent strength; thin "

@@ -47,6 +47,7 @@ def investigate(run: Run) -> dict[str, pd.DataFrame]:
     adapters = functools.cache(lambda: loaded(run, run.plan.peers))
     controlled = functools.cache(lambda: adapters() | loaded(run, control(run)))
     directions = steps.stored_directions(run.folder.path, [run.organism.name, *run.plan.peers], steps.MEAN_DIFFERENCE)
+    directions = directions if run.organism.name in directions else {}
     spread = functools.cache(lambda: spectrum(run, directions))
     seed = run.plan.settings.seed
     compute = {

@@ -10,7 +10,6 @@ import pandas as pd
 
 from mechmisalign import geometry
 from mechmisalign.directions import Direction
-from mechmisalign.estimators import split_half
 from mechmisalign.judging import rates
 from mechmisalign.organisms import Organism, load_organism
 from mechmisalign.progress import progress
@@ -37,12 +36,13 @@ def investigate(run: Run) -> tuple[_Tables, dict[str, Direction]]:
     of_chat = functools.partial(chat.judged, run)
     directions, reliability = _directions(run, run.organism.name, lambda: run.organism, own, of_chat)
     tables["reliability"] = keep("reliability", lambda: reliability)
-    reference = directions[steps.MEAN_DIFFERENCE]
+    plain = steps.reference(directions)
+    reference = directions[plain]
     halves = splits.halves(run.plan.prompts, settings.seed)
     tables["splits"] = keep("splits", lambda: halves.table)
 
     begin("steering")
-    sweep = trials.steering_sweep(run, reference)
+    sweep = trials.steering_sweep(run, plain, reference)
     tables |= _rated(run, halves, "steering", sweep)
     layer, strength = steps.best_cell(tables["choice_steering"], settings.min_coherent)
     steered = trials.steering_confirmed(run, reference, layer, strength).on(halves.report)
@@ -68,9 +68,9 @@ def investigate(run: Run) -> tuple[_Tables, dict[str, Direction]]:
     tables |= _behaviour(run, tables["answers"], stages, scope)
     begin("peers")
     tables |= _peers(run, removals, directions, of_chat, halves)
-    plain = reference if scope == "layer-wise" else removals[steps.MEAN_DIFFERENCE]
-    removed = cure.removals(cure.Removal(removals[scope], chosen[scope], scope), plain)
-    pooled = steps.pool_with_chat(own, of_chat(), settings.seed)
+    other = cure.Removal(reference if scope == "layer-wise" else removals[plain], plain, scope)
+    removed = cure.removals(cure.Removal(removals[scope], chosen[scope], scope), other)
+    pooled, _ = steps.pool_of_study(own, of_chat, settings.seed)
     taken_apart = functools.partial(anatomy.investigate, run, pooled, reference, layer)
     return tables | _chapters(run, tables["answers"], removed, taken_apart), directions
 
@@ -152,23 +152,24 @@ def _directions(
     judged: pd.DataFrame,
     chat: Callable[[], pd.DataFrame],
 ) -> tuple[dict[str, Direction], pd.DataFrame]:
-    """Every estimator's direction, and the split-half reliability of the mean difference.
+    """Every estimator's direction, and the split-half reliability of the one that the study steers with.
 
     Where there are peers, bootstrap replicates of the mean difference are kept too, for the comparison with them.
     """
     folder, settings = run.folder, run.plan.settings
-    pooled = steps.pool_with_chat(judged, chat(), settings.seed)
+    pooled, names = steps.pool_of_study(judged, chat, settings.seed)
     readings = functools.cache(lambda: steps.read(load(), pooled, settings.system))
     where = steps.slug(name)
     folder.table(f"pool_{where}", lambda: steps.pool_sources(pooled))
     directions = {
-        name: folder.direction(f"{where}/{steps.slug(name)}", functools.partial(_estimated, estimator, readings))
-        for name, estimator in steps.ESTIMATORS.items()
+        name: folder.direction(
+            f"{where}/{steps.slug(name)}", functools.partial(_estimated, steps.ESTIMATORS[name], readings)
+        )
+        for name in names
     }
-    reliability = folder.table(
-        f"reliability_{where}", lambda: split_half(readings().organism, *steps.CLASSES, seed=settings.seed)
-    )
-    if run.plan.peers:
+    plain = steps.reference(names)
+    reliability = folder.table(f"reliability_{where}", lambda: steps.reliability(readings(), plain, settings.seed))
+    if run.plan.peers and plain == steps.MEAN_DIFFERENCE:
         folder.table(f"replicates_{where}", lambda: fine_tunes.replicates(readings(), settings.seed))
     return directions, reliability
 
@@ -180,12 +181,12 @@ def _estimated(estimator: Callable[[steps.Readings], Direction], readings: Calla
 def _removals(
     chosen: Mapping[str, str], directions: Mapping[str, Direction], single: Mapping[str, int]
 ) -> dict[str, Direction]:
-    """The directions that are carried to other organisms: the best of each scope, and the paper's mean difference."""
-    one = chosen["single"]
+    """What is carried to other organisms: the best direction of each scope, and the one that the study steers with."""
+    one, plain = chosen["single"], steps.reference(directions)
     return {
         "layer-wise": directions[chosen["layer-wise"]],
         "single": directions[one].everywhere(single[one]),
-        steps.MEAN_DIFFERENCE: directions[steps.MEAN_DIFFERENCE].everywhere(single[steps.MEAN_DIFFERENCE]),
+        plain: directions[plain].everywhere(single[plain]),
     }
 
 
@@ -231,5 +232,6 @@ def _peer_cosines(
     frames = [
         geometry.cosine_by_layer(direction, theirs[name]).assign(organism=peer, estimator=name)
         for name, direction in directions.items()
+        if name in theirs
     ]
     return pd.concat(frames, ignore_index=True)

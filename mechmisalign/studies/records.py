@@ -99,6 +99,11 @@ class Records:
         return str(self.manifest["identity"]["organism"])
 
     @property
+    def reference(self) -> str:
+        """The estimator whose direction the study steers with and sets beside the others."""
+        return steps.reference(self.tables["ablation"]["estimator"])
+
+    @property
     def settings(self) -> Mapping[str, Any]:
         """The study's settings."""
         settings: Mapping[str, Any] = self.manifest["identity"]["settings"]

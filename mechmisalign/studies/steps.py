@@ -6,23 +6,26 @@ on fresh samples (see ``splits``).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
+import torch
 
 from mechmisalign import estimators
 from mechmisalign.activations import collect
 from mechmisalign.adapters import Adapter
 from mechmisalign.conversations import Conversations
 from mechmisalign.directions import Direction
-from mechmisalign.moments import Moments
+from mechmisalign.moments import Moments, align_groups
 from mechmisalign.organisms import Organism
 
 MEAN_DIFFERENCE = "mean difference"
 MODEL_DIFFERENCE = "model difference"
 CLASSES = ("misaligned", "aligned")
+CLASSLESS = (MODEL_DIFFERENCE, "first principal")
+"""Estimators that compare two models over the same answers, whatever class these are of."""
 MIN_ANSWERS = 20
 CONTROL = "random control"
 
@@ -78,6 +81,47 @@ def pool_with_chat(judged: pd.DataFrame, chat: pd.DataFrame, seed: int) -> pd.Da
     return filled
 
 
+def pool_of_study(
+    judged: pd.DataFrame, chat: Callable[[], pd.DataFrame], seed: int
+) -> tuple[pd.DataFrame, tuple[str, ...]]:
+    """The answers that a study's directions are estimated from, and the estimators that can read them.
+
+    Where too few answers of a class can be matched, even with the chat model's, those estimators are left that compare
+    models instead of classes; they read all answers of the organism.
+
+    Raises:
+        TooFewAnswersError: If there are too few answers that say anything.
+    """
+    try:
+        return pool_with_chat(judged, chat(), seed), tuple(ESTIMATORS)
+    except TooFewAnswersError:
+        if (judged["response"].str.strip() != "").sum() < MIN_ANSWERS:
+            raise
+        return judged, CLASSLESS
+
+
+def reference(names: Iterable[str]) -> str:
+    """The estimator that a study steers with and sets beside the others: the mean difference, where it has one."""
+    return MEAN_DIFFERENCE if MEAN_DIFFERENCE in set(names) else MODEL_DIFFERENCE
+
+
+def reliability(readings: Readings, estimator: str, seed: int) -> pd.DataFrame:
+    """Cosine between the estimates of two halves of the prompts, by layer (see ``estimators.split_half``)."""
+    if estimator == MEAN_DIFFERENCE:
+        return estimators.split_half(readings.organism, *CLASSES, seed=seed)
+    return estimators.split_half(side_by_side(readings), "organism", "chat model", seed=seed)
+
+
+def side_by_side(readings: Readings) -> Moments:
+    """Both models' moments as two classes, whose mean difference is the model difference."""
+    here, base = align_groups(readings.organism, readings.base)
+    groups = [each.groups.assign(model=name) for each, name in ((here, "organism"), (base, "chat model"))]
+    joined = pd.concat(groups, ignore_index=True)
+    columns = ["model", *(name for name in joined.columns if name != "model")]
+    mean, norm = torch.cat([here.mean, base.mean]), torch.cat([here.norm, base.norm])
+    return replace(here, groups=joined[columns], mean=mean, norm=norm)
+
+
 def pool_for(estimator: str, judged: pd.DataFrame, chat: Callable[[], pd.DataFrame], seed: int) -> pd.DataFrame:
     """The answers that one estimator reads: the model difference needs no classes, and takes all where they are few.
 
@@ -121,11 +165,10 @@ def _too_few(judged: pd.DataFrame, pairs: int, with_chat: int | None = None) -> 
     drawn = -(-len(judged) // max(prompts, 1))
     filled = "" if with_chat is None else f" ({with_chat} with the chat model's for the missing class)"
     most = max(pairs, with_chat or 0)
+    to = f"to {_more(drawn, most)} or more" if most else "higher"
     help_by = (
-        f"raise pool_samples (--pool-samples), now {drawn} for each of {prompts} prompts, to {_more(drawn, most)} or "
-        "more, or ask more prompts; what is sampled already is kept"
-        if most
-        else "no setting of the samples mends that: ask other prompts (--prompts), look at the judge's scores"
+        f"raise pool_samples (--pool-samples), now {drawn} for each of {prompts} prompts, {to}, or ask other or more "
+        "prompts (--prompts); what is sampled already is kept. Look at the judge's scores too"
     )
     return (
         f"of {totals['misaligned']} misaligned and {totals['aligned']} aligned answers only {pairs} pairs are to "
@@ -170,7 +213,7 @@ def best_cell(sweep: pd.DataFrame, min_coherent: float) -> tuple[int, float]:
 
     Of several such cells the most coherent, then the one of the lowest strength and layer: that of the figure.
     """
-    cells = sweep[sweep["series"] == MEAN_DIFFERENCE]
+    cells = sweep[sweep["series"] != CONTROL]
     coherent = cells[cells["coherent"] >= min_coherent]
     by, rising = ["rate", "coherent", "strength", "layer"], [False, False, True, True]
     best = (coherent if len(coherent) else cells).sort_values(by, ascending=rising).iloc[0]
@@ -179,7 +222,7 @@ def best_cell(sweep: pd.DataFrame, min_coherent: float) -> tuple[int, float]:
 
 def best_by_layer(sweep: pd.DataFrame, min_coherent: float) -> pd.DataFrame:
     """For each layer the strength with the highest coherent EM rate, and the control at the same strength."""
-    cells = sweep[sweep["series"] == MEAN_DIFFERENCE]
+    cells = sweep[sweep["series"] != CONTROL]
     ranked = cells.assign(broken=cells["coherent"] < min_coherent).sort_values(
         ["broken", "rate", "coherent"], ascending=[True, False, False], kind="stable"
     )
@@ -190,7 +233,7 @@ def best_by_layer(sweep: pd.DataFrame, min_coherent: float) -> pd.DataFrame:
 
 def costly_cells(sweep: pd.DataFrame, layer: int, min_coherent: float) -> list[str]:
     """The cells of the sweep whose cost is worth its time: coherent ones of the direction, and all that are drawn."""
-    coherent = (sweep["series"] == MEAN_DIFFERENCE) & (sweep["coherent"] >= min_coherent)
+    coherent = (sweep["series"] != CONTROL) & (sweep["coherent"] >= min_coherent)
     drawn = sweep["condition"].isin(best_by_layer(sweep, min_coherent)["condition"]) | (sweep["layer"] == layer)
     return list(sweep.loc[coherent | drawn, "condition"])
 

@@ -22,7 +22,9 @@ def summarise(tables: Mapping[str, pd.DataFrame]) -> dict[str, Any]:
     rows = _headline_rows({**tables, **{name: costs.beside(reported, name) for name in costs.KEYS}})
     chapters = {"deltas": deltas, "training": training, "fine_tunes": fine_tunes, "cure": cure, "watch": watch}
     told = {name: chapter.headline(tables) for name, chapter in chapters.items() if chapter.TABLES[0] in tables}
+    plain = steps.reference(tables["ablation"]["estimator"])
     return {
+        "direction": plain,
         "em_rate": {name: rate_record(row) | _choices(row) for name, row in rows.items()},
         "coherent": {name: coherent_record(row) for name, row in rows.items()},
         "costs": {name: cost_record(row) for name, row in rows.items()},
@@ -68,7 +70,7 @@ def _chosen_on(tables: Mapping[str, pd.DataFrame]) -> dict[str, Any]:
     swept, ablated = tables["choice_steering"], tables["choice_ablation"]
     best, found = tables["steered"].iloc[0], {}
     cell = (swept["layer"] == best["layer"]) & (swept["strength"] == best["strength"])
-    rows = {"steered_best": swept[cell & (swept["series"] == steps.MEAN_DIFFERENCE)]}
+    rows = {"steered_best": swept[cell & (swept["series"] != steps.CONTROL)]}
     for _, row in tables["ablated"].iterrows():
         chosen = (ablated["scope"] == row["scope"]) & (ablated["estimator"] == row["estimator"])
         rows["ablated_layerwise" if row["scope"] == "layer-wise" else "ablated_single"] = ablated[chosen]
@@ -87,10 +89,11 @@ def _headline_rows(tables: Mapping[str, pd.DataFrame]) -> dict[str, pd.Series]:
     steered = tables["steered"].set_index("condition")
     ablated, confirmed = tables["ablation"], tables["ablated"].set_index("scope")
     rows = {"chat": baseline.loc["chat"], "organism": baseline.loc["organism"], "steered_best": steered.loc["steered"]}
+    plain = steps.reference(ablated["estimator"])
     for scope, name in (("layer-wise", "ablated_layerwise"), ("single", "ablated_single")):
         cells = ablated[ablated["scope"] == scope].set_index("estimator")
         rows[name] = confirmed.loc[scope]
-        rows[f"{name}_mean_difference"] = cells.loc[steps.MEAN_DIFFERENCE]
+        rows[f"{name}_{steps.slug(plain)}"] = cells.loc[plain]
         rows[f"random_control_{name}"] = cells.loc[steps.CONTROL]
     rows["random_control"] = rows["random_control_ablated_layerwise"]
     rows["random_control_steered"] = steered.loc[steps.CONTROL]
@@ -110,7 +113,7 @@ def _choices(row: pd.Series) -> dict[str, Any]:
 def _transfer(table: pd.DataFrame) -> dict[str, Any]:
     """Per organism: the rate before, after (layer-wise), after with the single vector, and under the random control."""
     names = {"before": "before", "after, layer-wise": "after", "after, single": "after_single"}
-    names[f"after, {steps.MEAN_DIFFERENCE}"] = "after_mean_difference"
+    names |= {f"after, {name}": f"after_{steps.slug(name)}" for name in (steps.MEAN_DIFFERENCE, steps.MODEL_DIFFERENCE)}
     names[steps.CONTROL] = "random_control"
     summary: dict[str, Any] = {}
     for _, row in table.iterrows():

@@ -86,14 +86,17 @@ def baseline(run: Run) -> tuple[Trial, Trial]:
     return chat, Trial("organism", organism, {"organism": ()}, settings.pool_samples)
 
 
-def steering_sweep(run: Run, direction: Direction) -> Trial:
-    """The chat model steered at each layer with each strength, beside a norm-matched random direction."""
+def steering_sweep(run: Run, name: str, direction: Direction) -> Trial:
+    """The chat model steered at each layer with each strength, beside a norm-matched random direction.
+
+    The direction's name is part of its samples' seeds, like that of every condition.
+    """
     settings = run.plan.settings
     layers = settings.searched(models.n_layers(run.organism.model))
-    vectors = {steps.MEAN_DIFFERENCE: direction, steps.CONTROL: random_direction(direction, seed=settings.seed)}
+    vectors = {name: direction, steps.CONTROL: random_direction(direction, seed=settings.seed)}
     rows = [
-        {"condition": f"{name}, layer {layer}, x{strength:g}", "series": name, "layer": layer, "strength": strength}
-        for name, vector in vectors.items()
+        {"condition": f"{series}, layer {layer}, x{strength:g}", "series": series, "layer": layer, "strength": strength}
+        for series, vector in vectors.items()
         for layer in layers
         for strength in settings.strengths
         if layer in vector.nonzero_layers
@@ -151,7 +154,7 @@ def ablation(run: Run, directions: Mapping[str, Direction], single: Mapping[str,
     for name, direction in directions.items():
         add(name, name, "layer-wise", direction)
         add(name, name, "single", direction.everywhere(single[name]))
-    reference = directions[steps.MEAN_DIFFERENCE]
+    reference = directions[steps.reference(directions)]
     for seed in range(settings.controls):
         random = random_direction(reference, seed=2000 + settings.seed + seed)
         add(f"{steps.CONTROL} {seed}", steps.CONTROL, "layer-wise", random)
