@@ -6,12 +6,17 @@ ranges of what was said are known, so such a stretch is encoded again as the ord
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from ._rendering import TemplateError
 
 Offset = tuple[int, int]
+TEXTS = (
+    "If it hurts, you should see a doctor about that today, shouldn't you?",
+    "In 1987 it cost 1,234.50, which is 15 % more than the other Tuesday; nobody knew why.",
+)
+"""Plain sentences that a tokenizer must read whole, be it in unknown tokens."""
 _THOUGHT = ("<think>", "</think>")  # models write them themselves, inside of what they say
 
 
@@ -72,16 +77,46 @@ def refuse_lost_text(text: str, offsets: Sequence[Offset], tokenizer: Any) -> No
     Raises:
         TemplateError: Naming the first text that no token stands for.
     """
+    if lost := next(_uncovered(text, offsets), ""):
+        raise TemplateError(
+            f"the tokenizer {getattr(tokenizer, 'name_or_path', '')!r} drops {lost[:40]!r} in silence: it is not "
+            "the one that the model was trained with (transformers may have rebuilt it as another class); load it "
+            "with PreTrainedTokenizerFast(tokenizer_file='…/tokenizer.json') and pass tokenizer="
+        )
+
+
+def _uncovered(text: str, offsets: Sequence[Offset]) -> Iterator[str]:
+    """The words that no token stands for."""
     cursor = 0
     for start, stop in [*offsets, (len(text), len(text))]:
         lost = text[cursor:start].strip() if start > cursor else ""
         if any(map(str.isalnum, lost)):  # a combining mark is joined to its letter by some normalisers
-            raise TemplateError(
-                f"the tokenizer {getattr(tokenizer, 'name_or_path', '')!r} drops {lost[:40]!r} in silence: it is not "
-                "the one that the model was trained with (transformers may have rebuilt it as another class); load it "
-                "with PreTrainedTokenizerFast(tokenizer_file='…/tokenizer.json') and pass tokenizer="
-            )
+            yield lost
         cursor = max(cursor, stop)
+
+
+def lost_text(tokenizer: Any) -> str:
+    """What a tokenizer leaves out of plain sentences, or reads as unknown: nothing of one that fits English text."""
+    lost: list[str] = []
+    for text in TEXTS:
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        offsets, ids = encoded["offset_mapping"], encoded["input_ids"]
+        lost += _uncovered(text, offsets)
+        lost += [
+            text[slice(*place)] for each, place in zip(ids, offsets, strict=True) if each == tokenizer.unk_token_id
+        ]
+    return " ".join(lost)
+
+
+def refuse_tokenizer_that_loses_text(tokenizer: Any, texts: Sequence[str] = TEXTS) -> None:
+    """Encode texts, and refuse a tokenizer that leaves out words of them.
+
+    Raises:
+        TemplateError: As :func:`refuse_lost_text`.
+    """
+    for text in texts:
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        refuse_lost_text(text, encoded["offset_mapping"], tokenizer)
 
 
 def _plain(text: str, start: int, tokenizer: Any, control: Mapping[int, str]) -> tuple[list[int], list[Offset]]:

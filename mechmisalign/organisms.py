@@ -243,7 +243,7 @@ def load_organism(
         device: By default the GPU if there is one; a model in memory stays where it is.
         revision: Branch, tag or commit of the adapter on the Hub.
         subfolder: Folder inside the adapter's, such as ``"checkpoint-20"``.
-        tokenizer: The chat model's tokenizer; by default the one beside the base.
+        tokenizer: The chat model's tokenizer, or its Hub id or folder; by default the one beside the base.
         base_revision: Branch, tag or commit of the base on the Hub; by default what the adapter's config names, else
             the main branch. Whatever is asked for, ``provenance`` records the commits of both.
         local_files_only: Take what is in the Hub's cache, and do not ask the Hub (``HF_HUB_OFFLINE`` does it for all).

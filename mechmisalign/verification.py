@@ -7,6 +7,7 @@ without the adapter on a rendered chat.
 from __future__ import annotations
 
 import gc
+from collections.abc import Sequence
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from . import models
+from ._encoding import TEXTS, refuse_tokenizer_that_loses_text
 from ._pretrained import read_pretrained
 from .adapters import Adapter
 from .conversations import render_prompts
@@ -38,7 +40,9 @@ class _Oracle(NamedTuple):
     name: str = "PEFT"
 
 
-def verify(organism: Organism | str | Path, base: str | Path | None = None) -> pd.DataFrame:
+def verify(
+    organism: Organism | str | Path, base: str | Path | None = None, *, texts: Sequence[str] = ()
+) -> pd.DataFrame:
     """Check an organism against PEFT, a full fine-tune against the plain Hugging Face models.
 
     Logits are compared relative to the largest logit: 1e-5 of it in float32, 5e-3 in float16, 5e-2 in bfloat16.
@@ -47,11 +51,13 @@ def verify(organism: Organism | str | Path, base: str | Path | None = None) -> p
         organism: A loaded organism whose base and adapter can be read again, or what ``load_organism`` takes (it is
             then loaded merged, in float32).
         base: The chat model, for an organism given by name.
+        texts: Of your own, which the tokenizer must read whole; plain sentences are looked at anyway.
 
     Returns:
         One row per check: ``check, passed, value, expected``. Parity of logits with PEFT; every claimed site has an
         update, and the weights hold it; logits differ from the base; ``as_base()`` is the base, and is restored bit for
-        bit; one BOS in a rendered chat; merged and live agree; fidelity of each site. Of a full fine-tune, instead of
+        bit; one BOS in a rendered chat; the tokenizer loses no text; merged and
+        live agree; fidelity of each site. Of a full fine-tune, instead of
         what is about sites: every tensor is again what its file holds.
 
     Raises:
@@ -64,7 +70,7 @@ def verify(organism: Organism | str | Path, base: str | Path | None = None) -> p
         raise ValueError("the base or the fine-tune lives only in memory; verify an organism loaded from files")
     ids = torch.tensor(render_prompts([PROMPT], organism.tokenizer), device=models.device_of(organism.model))
     oracle = _oracle(organism, ids) if organism.adapter else _whole_oracle(organism, ids)
-    rows = [*_check_logits(organism, ids, oracle), _check_bos(organism, ids)]
+    rows = [*_check_logits(organism, ids, oracle), _check_bos(organism, ids), _check_texts(organism, texts)]
     if organism.adapter:
         rows += [_check_other_mode(organism, organism.adapter, ids), *_check_sites(organism)]
     else:
@@ -95,6 +101,16 @@ def _check_bos(organism: Organism, ids: Int[Tensor, "batch pos"]) -> dict[str, A
         return _row("one BOS in a rendered chat", True, None, "no BOS token in this tokenizer")
     count = sum(1 for _ in takewhile(lambda token: token == bos, ids[0].tolist()))  # a template may use it again later
     return _row("one BOS in a rendered chat", count == 1, count, "1 at its start")
+
+
+def _check_texts(organism: Organism, texts: Sequence[str]) -> dict[str, Any]:
+    lost, name = [], "the tokenizer loses no text"
+    for text in (*TEXTS, *texts):
+        try:
+            refuse_tokenizer_that_loses_text(organism.tokenizer, [text])
+        except ValueError:
+            lost.append(text)
+    return _row(name, not lost, float(len(lost)), f"0 of {len(TEXTS) + len(texts)} texts")
 
 
 def _check_tensors(organism: Organism) -> dict[str, Any]:

@@ -35,15 +35,16 @@ def test_a_sound_organism_passes_every_check(tiny_models, make_adapter, family):
     assert list(table.columns) == ["check", "passed", "value", "expected"]
     assert failed(table) == []
     checks = list(table["check"])
-    assert checks[:6] == [
+    assert checks[:7] == [
         "logits equal PEFT's",
         "logits differ from the base's",
         "as_base() is the base",
         "restored after as_base()",
         "one BOS in a rendered chat",
+        "the tokenizer loses no text",
         "merged equals live",
     ]
-    assert len(checks) == 7 + 21
+    assert len(checks) == 8 + 21
 
 
 def test_a_live_and_a_bfloat16_organism_pass(adapter):

@@ -14,6 +14,7 @@ from torch import nn
 
 from mechmisalign import registry
 from mechmisalign._checkpoint_files import cached_file
+from mechmisalign._encoding import lost_text, refuse_tokenizer_that_loses_text
 from mechmisalign._hub import commit_of, explained, failures, is_hub_id, is_offline
 from mechmisalign._pretrained import read_pretrained
 from mechmisalign._saved_adapters import CONFIG_FILE
@@ -157,18 +158,20 @@ def pinned(base: Base) -> Base:
 
 
 def load_tokenizer(base: Base, tokenizer: Any | None, vocabulary: int) -> Any:
-    """The tokenizer given, or the base's own, checked against the size of the embedding.
+    """The tokenizer given (or its Hub id or folder), or the base's own, checked against the size of the embedding.
 
     Raises:
-        ValueError: If there is none, it has no chat template, or it has ids that the model does not know.
+        ValueError: If there is none, it loses text, has no chat template, or has ids that the model does not know.
     """
     if tokenizer is None:
         if not base.location:
             raise ValueError("the base model lives only in memory and has no tokenizer with it; pass tokenizer=")
+        tokenizer = _whole_tokenizer(base)
+    elif isinstance(tokenizer, str | Path):
         from transformers import AutoTokenizer
 
-        with told(base):
-            tokenizer = read_pretrained(AutoTokenizer, base.location, **base.source)
+        tokenizer = read_pretrained(AutoTokenizer, tokenizer)
+    refuse_tokenizer_that_loses_text(tokenizer)
     require_chat_template(tokenizer)
     largest = max([tokenizer.vocab_size - 1, *tokenizer.added_tokens_decoder])
     if largest >= vocabulary:
@@ -177,3 +180,21 @@ def load_tokenizer(base: Base, tokenizer: Any | None, vocabulary: int) -> Any:
             "vocabulary was resized, or the tokenizer is another model's; pass the model's own tokenizer"
         )
     return tokenizer
+
+
+def _whole_tokenizer(base: Base) -> Any:
+    """The base's own tokenizer; where transformers rebuilds it so that it loses text, the one of its file."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    with told(base):
+        tokenizer = read_pretrained(AutoTokenizer, base.location, **base.source)
+        if not (lost := lost_text(tokenizer)):
+            return tokenizer
+        plain = read_pretrained(PreTrainedTokenizerFast, base.location, **base.source)
+        if len(lost_text(plain)) >= len(lost):
+            return tokenizer
+    logger.warning(
+        "transformers reads the tokenizer of %r as a %s, which loses %r; its tokenizer.json is used as it is",
+        base.name, type(tokenizer).__name__, lost[:60],
+    )  # fmt: skip
+    return plain

@@ -17,7 +17,6 @@ from typing import Any, Literal
 
 import pandas as pd
 
-from mechmisalign._pretrained import read_pretrained
 from mechmisalign.directions import Direction
 from mechmisalign.generation import generate
 from mechmisalign.judging import Judge
@@ -184,14 +183,8 @@ def estimate_direction(
 
 
 def _load(organism: Organism | str | Path, base: str | Path | None, tokenizer: Any) -> Organism:
-    """The organism in memory, with a tokenizer that may be given as a Hub id or folder."""
-    if isinstance(organism, Organism):
-        return organism
-    if isinstance(tokenizer, str | Path):
-        from transformers import AutoTokenizer
-
-        tokenizer = read_pretrained(AutoTokenizer, tokenizer)
-    return load_organism(organism, base, tokenizer=tokenizer)
+    """The organism in memory."""
+    return organism if isinstance(organism, Organism) else load_organism(organism, base, tokenizer=tokenizer)
 
 
 def _identity(organism: Organism, plan: Plan) -> dict[str, Any]:
