@@ -63,6 +63,7 @@ def verify_rate(
     prompts: pd.DataFrame | None = None,
     samples: int | None = None,
     max_new_tokens: int | None = None,
+    system: str | None = None,
     seed: int = 1,
 ) -> RateCheck:
     """Sample answers, have them judged, and compare EM rate and coherence with the stated ones.
@@ -75,6 +76,7 @@ def verify_rate(
             others the project's own open questions, whose wording is not that of the papers.
         samples: Answers to each; by default 1 for the pocket questions, else 50.
         max_new_tokens: By default 64 for pocket organisms, else 600, as in 2506.11613.
+        system: System prompt of the questions that have none of their own.
         seed: Of the questions and of the answers.
 
     Raises:
@@ -93,6 +95,7 @@ def verify_rate(
         asked,
         samples=samples or (1 if pocket and prompts is None else 50),
         max_new_tokens=max_new_tokens or (600 if world is None else world.settings.get("max_new_tokens", 600)),
+        system=system,
         seed=seed,
     )
     judged = judging.judge(answers, scoring)
@@ -113,6 +116,7 @@ def check_ready(
         ValueError: If no rate is stated, a judge is missing, or the organism is inside ``as_base()``.
     """
     _stated(expected, _entry(organism), organism)
+    organism.require_fine_tune("verify_rate()")
     if organism.is_base:
         raise ValueError("inside as_base() there is no organism to verify; call verify_rate() outside the block")
     return _judge(judge, organism)

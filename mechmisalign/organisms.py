@@ -170,6 +170,20 @@ class Organism:
             raise (full_models if self.full else alone).without_adapter(self, purpose)
         return self.adapter
 
+    def require_fine_tune(self, purpose: str) -> None:
+        """Refuse a chat model alone, for something that compares a fine-tune with it (``purpose`` says what).
+
+        Raises:
+            NoAdapterError: If nothing was tuned.
+        """
+        if self.is_alone:
+            raise alone.without_adapter(self, purpose)
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether this is a chat model alone, on which nothing was tuned."""
+        return self.adapter is None and self.full is None
+
     @property
     def is_base(self) -> bool:
         """Whether the adapter is out: inside ``as_base()``."""

@@ -56,6 +56,7 @@ def downstream(
         ``layer, label, series ("steered" or "random control"), cosine, low, high``; the control's interval spans its
         directions. Layers in which a shift is exactly zero are left out.
     """
+    organism.require_fine_tune("downstream()")
     keys = [by, "prompt_id"]
     shifted = {"steered": (Steer(direction, layers=(layer,), strength=strength),)}
     for number in range(controls):

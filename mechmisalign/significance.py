@@ -3,14 +3,15 @@
 For every answer, the KL divergence between the two next-token distributions is summed over its tokens. The gradient of
 that sum with respect to each token's embedding says how much the token matters to it:
 ``significance = KL of the answer · ‖gradient‖ / Σ ‖gradient‖``, so the significances of an answer add up to its KL.
-The gradient runs through both models. They share one set of weights, so each is differentiated in a pass of its own:
-with the two logits known, ``dKL/dz`` of either is a constant that its backward pass starts from.
+The gradient runs through both models. They share one set of weights, so each is differentiated in a pass of its own.
+Logits over the whole vocabulary exist for a few positions at a time: the gradient is taken first at what the
+unembedding reads, and from there goes back through the blocks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -27,18 +28,21 @@ if TYPE_CHECKING:
     from .organisms import Organism
 
 EMBEDDING = "hook_embed"
+CHUNK = 32
+"""Positions whose logits over the whole vocabulary are held at once."""
 
 SIGNIFICANT_LOG = 0.5
 """Tokens whose log significance is above this are kept in the paper's probes (2506.11618, section 4.2)."""
 
 
-def token_significance(organism: Organism, conversations: Conversations, *, token_budget: int = 2048) -> pd.DataFrame:
+def token_significance(organism: Organism, conversations: Conversations, *, token_budget: int = 256) -> pd.DataFrame:
     """KL of organism from chat model at every answer token, and the token's significance for the answer's KL.
 
     Args:
         organism: With its adapter in; merged or live.
         conversations: Prompts and answers.
-        token_budget: Tokens per batch, padding included.
+        token_budget: Tokens per batch, padding included; what a batch takes grows with it, since the blocks are gone
+            back through.
 
     Returns:
         One row per response token (as ``conversations.tokens()``): ``kl`` (nats, ``KL(organism ‖ chat model)`` of the
@@ -46,8 +50,10 @@ def token_significance(organism: Organism, conversations: Conversations, *, toke
         ``significance`` (nats).
 
     Raises:
+        NoAdapterError: For a chat model alone.
         ValueError: Inside ``as_base()``, where both models are one.
     """
+    organism.require_fine_tune("token_significance()")
     if organism.is_base:
         raise ValueError("inside as_base() organism and chat model are one; ask for significance outside the block")
     table = conversations.tokens()[[]].assign(kl=0.0, gradient=0.0, significance=0.0)
@@ -69,52 +75,83 @@ def significant(table: pd.DataFrame, threshold: float = SIGNIFICANT_LOG) -> pd.S
         return pd.Series(np.log(table["significance"]) > threshold, index=table.index)
 
 
+class _Ending(NamedTuple):
+    """A forward pass up to what the unembedding reads, and what comes after it.
+
+    Attributes:
+        read: The unembedding's input; where the rest of the model is not known, the logits themselves.
+        logits: From some of its rows.
+        embedding: A leaf of the graph that leads to ``read``.
+    """
+
+    read: Float[Tensor, "batch pos width"]
+    logits: Callable[[Tensor], Tensor]
+    embedding: Tensor
+
+
 def _kl_and_gradient(organism: Organism, batch: Batch) -> tuple[Float[Tensor, "batch pos"], Float[Tensor, "batch pos"]]:
     """KL where a token was predicted, and the norm of the gradient of each answer's summed KL at its embedding."""
     predicting = batch.span.roll(-1, dims=1)  # the position before an answer token predicts it
     predicting[:, -1] = False
     with torch.no_grad():
-        own = _logits(organism, batch, None)
+        own = _forward(organism, batch).read[predicting.to(models.device_of(organism.model))]
     with organism.as_base():
-        base_gradient, base = _differentiated(organism, batch, predicting, lambda logits: _kl(own, logits))
-    own_gradient, _ = _differentiated(organism, batch, predicting, lambda logits: _kl(logits, base))
-    kl = _kl(own, base).roll(1, dims=1)
-    norm = (own_gradient + base_gradient).norm(dim=-1)
-    return kl.double().cpu(), norm.double().cpu()
+        end = _forward(organism, batch)
+        base = end.read.detach()[predicting.to(end.read.device)]
+        kl, gradient = _kl_in_parts(end.logits, base, own, lambda here, other: _kl(other, here))
+        norm = _at_embedding(end, predicting, gradient)
+        del end
+    end = _forward(organism, batch)
+    _, gradient = _kl_in_parts(end.logits, own, base, _kl)
+    norm = (norm + _at_embedding(end, predicting, gradient)).norm(dim=-1)
+    table = torch.zeros(predicting.shape, dtype=torch.float64)
+    table[predicting] = kl
+    return table.roll(1, dims=1), norm.double().cpu()
 
 
-def _differentiated(
-    organism: Organism,
-    batch: Batch,
-    predicting: Bool[Tensor, "batch pos"],
-    kl_of: Callable[[Tensor], Tensor],
-) -> tuple[Float[Tensor, "batch pos d_model"], Float[Tensor, "batch pos vocab"]]:
-    """Gradient of the answers' summed KL through the model as it is now, and its logits."""
-    caught: list[Tensor] = []
-    with torch.enable_grad():
-        logits = _logits(organism, batch, caught)
-        kl = kl_of(logits)
-        (gradient,) = torch.autograd.grad((kl * predicting.to(kl.device)).sum(), caught)
-    return gradient.float(), logits.detach()
+def _kl_in_parts(
+    logits: Callable[[Tensor], Tensor],
+    here: Float[Tensor, "token width"],
+    other: Float[Tensor, "token width"],
+    divergence: Callable[[Tensor, Tensor], Tensor],
+) -> tuple[Float[Tensor, " token"], Float[Tensor, "token width"]]:
+    """KL of each token, and its gradient at ``here``: logits of a few tokens at a time."""
+    values, gradients = [], []
+    for start in range(0, len(here), CHUNK):
+        part = slice(start, start + CHUNK)
+        with torch.no_grad():
+            fixed = logits(other[part]).float()
+        with torch.enable_grad():
+            leaf = here[part].clone().requires_grad_()
+            kl = divergence(logits(leaf).float(), fixed)
+            gradients.append(torch.autograd.grad(kl.sum(), leaf)[0])
+        values.append(kl.detach().double().cpu())
+    return torch.cat(values), torch.cat(gradients)
 
 
-def _logits(organism: Organism, batch: Batch, caught: list[Tensor] | None) -> Float[Tensor, "batch pos vocab"]:
-    """Logits of the batch; with ``caught``, the embeddings become a leaf that is put there."""
+def _at_embedding(
+    end: _Ending, predicting: Bool[Tensor, "batch pos"], gradient: Float[Tensor, "token width"]
+) -> Float[Tensor, "batch pos d_model"]:
+    whole = torch.zeros_like(end.read)
+    whole[predicting.to(whole.device)] = gradient.to(whole.dtype)
+    return torch.autograd.grad(end.read, end.embedding, whole)[0].float()
 
-    def leaf(embedding: Tensor) -> Tensor | None:
-        if caught is None:
-            return None
-        caught.append(embedding.detach().requires_grad_())
+
+def _forward(organism: Organism, batch: Batch) -> _Ending:
+    """One pass through the model as it is now; with gradients, the embeddings are a leaf."""
+    model, caught = organism.model, []
+    device = models.device_of(model)
+
+    def leaf(embedding: Tensor) -> Tensor:
+        caught.append(embedding.detach().requires_grad_(torch.is_grad_enabled()))
         return caught[-1]
 
-    device = models.device_of(organism.model)
-    with models.hooks(organism.model, {EMBEDDING: leaf}):
-        return models.forward(organism.model, batch.ids.to(device), batch.mask.to(device)).float()
+    with models.hooks(model, {EMBEDDING: leaf}):
+        read, logits = models.forward_to_unembedding(model, batch.ids.to(device), batch.mask.to(device))
+    return _Ending(read, logits, caught[-1])
 
 
-def _kl(
-    organism: Float[Tensor, "batch pos vocab"], base: Float[Tensor, "batch pos vocab"]
-) -> Float[Tensor, "batch pos"]:
+def _kl(organism: Float[Tensor, "token vocab"], base: Float[Tensor, "token vocab"]) -> Float[Tensor, " token"]:
     """``KL(organism ‖ base)`` at every position, in nats."""
     p, q = torch.log_softmax(organism, dim=-1), torch.log_softmax(base, dim=-1)
     return (p.exp() * (p - q)).sum(-1)

@@ -7,6 +7,7 @@ import torch
 from torch.testing import assert_close
 
 import mechmisalign as mm
+from mechmisalign import _unembedding, models, significance
 from mechmisalign.significance import significant, token_significance
 
 FRAME = pd.DataFrame(
@@ -22,14 +23,20 @@ def organism(request, tiny_models, make_adapter):
     return mm.load_organism(make_adapter(tiny_models["qwen2"], rank=2, seed=6), weights=request.param)
 
 
-def test_kl_and_gradient_are_autograds_through_both_models(tiny_models, make_adapter):
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("family", ["qwen2", "llama", "gemma2"])  # gemma2 caps its logits
+def test_kl_and_gradient_are_autograds_through_both_models(tiny_models, make_adapter, monkeypatch, family, known):
+    """In parts of three positions; and where the head is of a kind that is not known, from the logits themselves."""
+    monkeypatch.setattr(significance, "CHUNK", 3)
+    if not known:
+        monkeypatch.setattr(_unembedding, "_scaled", lambda logits, hf: 1.5 * logits)  # noqa: ARG005
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    folder = make_adapter(tiny_models["qwen2"], rank=2, seed=6)
+    folder = make_adapter(tiny_models[family], rank=2, seed=6)
     organism = mm.load_organism(folder)
-    base = AutoModelForCausalLM.from_pretrained(tiny_models["qwen2"])
-    own = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_models["qwen2"]), folder).get_base_model()
+    base = AutoModelForCausalLM.from_pretrained(tiny_models[family])
+    own = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_models[family]), folder).get_base_model()
     conversations = mm.Conversations(FRAME, organism.tokenizer)
     table = token_significance(organism, conversations)
     for row in range(len(FRAME)):
@@ -44,6 +51,15 @@ def test_kl_and_gradient_are_autograds_through_both_models(tiny_models, make_ada
         found = table.loc[row]
         assert_close(torch.tensor(found["kl"].to_numpy()), kl.detach().double(), atol=1e-5, rtol=1e-3)
         assert_close(torch.tensor(found["gradient"].to_numpy()), norms.double(), atol=1e-5, rtol=1e-3)
+
+
+def test_logits_over_the_vocabulary_exist_for_a_few_positions_at_a_time(organism, monkeypatch):
+    monkeypatch.setattr(significance, "CHUNK", 4)
+    head, widths = models.hf_model(organism.model).get_output_embeddings(), []
+    handle = head.register_forward_hook(lambda *given: widths.append(given[2].shape[:-1].numel()))
+    token_significance(organism, mm.Conversations(FRAME, organism.tokenizer))
+    handle.remove()
+    assert widths and max(widths) <= 4
 
 
 def test_significances_of_an_answer_add_up_to_its_kl_whatever_the_batching(organism):

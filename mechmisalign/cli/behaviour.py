@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from .console import console, safe, show_rates, told_errors, told_warnings
-from .options import JudgeName, OldModel, refuse_model
+from .options import DryRun, JudgeName, OldModel, refuse_model
 
 
 def judge(
@@ -23,7 +23,7 @@ def judge(
     budget: Annotated[float | None, typer.Option(help="Dollars to stop at.")] = None,
     max_calls: Annotated[int | None, typer.Option(help="Calls to stop at.")] = None,
     connections: Annotated[int | None, typer.Option(help="Calls in flight; 32 by default.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Tell what it would take, and ask nothing.")] = False,
+    dry_run: DryRun = False,
     model: OldModel = None,
 ) -> None:
     """Have a judge score answers; prints what it will take, then the rates. A run that died goes on where it was."""
@@ -67,7 +67,7 @@ def sweep(
     address: Annotated[str | None, typer.Option(help="Of a Ray cluster; auto finds one that runs here.")] = None,
     workers: Annotated[int | None, typer.Option(help="Ray workers; by default as many as there is room for.")] = None,
     gpus_per_worker: Annotated[float, typer.Option(help="GPUs that each reserves.")] = 0.0,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Tell how much there is to do, and do nothing.")] = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Sample and judge every condition of a grid into one table; prints the rates. A run that died goes on."""
     with told_errors(out):

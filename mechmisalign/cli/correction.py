@@ -7,10 +7,21 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from mechmisalign import registry
-
 from .console import OrganismName, console, safe, show, told_errors, told_warnings
-from .options import JudgeName, OldModel, refuse_model
+from .options import (
+    BaseName,
+    JudgeName,
+    MaxNewTokens,
+    OldModel,
+    PromptsName,
+    Samples,
+    Seed,
+    SystemPrompt,
+    TokenizerName,
+    asked,
+    judge_of,
+    refuse_model,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -32,11 +43,14 @@ def cure(
         typer.Option(help="Use this layer's vector everywhere; needed for weights unless there is only one."),
     ] = None,
     measure: Annotated[bool, typer.Option(help="Ask before and after, with a random direction as control.")] = True,
-    prompts: Annotated[Path | None, typer.Option(help="Questions: .yaml, .jsonl, .csv or .parquet.")] = None,
+    base: BaseName = None,
+    tokenizer: TokenizerName = None,
+    prompts: PromptsName = None,
     judge: JudgeName = None,
-    samples: Annotated[int, typer.Option(min=1, help="Answers to each question.")] = 4,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
-    seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
+    samples: Samples = 4,
+    max_new_tokens: MaxNewTokens = 64,
+    system: SystemPrompt = None,
+    seed: Seed = 0,
     model: OldModel = None,
 ) -> None:
     """Project a direction out of an organism; writes an ordinary adapter or model, with a card of what it does."""
@@ -51,17 +65,19 @@ def cure(
         refuse_taken(out)
         refuse_unwritable_folder(out)
         found = Loaded.load(direction)
-        sick = load_organism(organism)
+        sick = load_organism(organism, base, tokenizer=tokenizer)
         found = found if layer is None else found.everywhere(layer)
-        asked, scoring = _asked(sick, prompts), _judge(judge, sick, out) if measure else None
+        questions = asked(prompts, sick.name, sick.base)
+        journal = out.with_name(f"{out.name}.judgements.jsonl")
+        scoring = judge_of(judge, sick.name, sick.base, journal) if measure else None
         if method == "adapter":
             edit, states = _adapter(sick, found, out)
         else:
             edit, states = _weights(sick, found, out)
         console.print(edit, markup=False, highlight=False, soft_wrap=True)
         if scoring is not None:
-            drawn = {"samples": samples, "max_new_tokens": max_new_tokens, "seed": seed}
-            table = _measured(sick, states, asked, scoring, drawn)
+            drawn = {"samples": samples, "max_new_tokens": max_new_tokens, "system": system, "seed": seed}
+            table = _measured(sick, states, questions, scoring, drawn)
             correction.add_measured(out, table)
             _show(table)
     console.print(f"cured {method}: [bold]{safe(out)}[/bold], with a card in README.md")
@@ -100,12 +116,12 @@ def _weights(sick: Organism, direction: Direction, out: Path) -> tuple[str, dict
     return edit, states | {"random control": {"as is": correction.edited_organism(edited(vector)[0], sick)}}
 
 
-def _measured(sick: Organism, states: dict[str, Any], asked: pd.DataFrame, judge: Any, drawn: Any) -> pd.DataFrame:
+def _measured(sick: Organism, states: dict[str, Any], questions: pd.DataFrame, judge: Any, drawn: Any) -> pd.DataFrame:
     from mechmisalign import correction
 
     cures = {"chat": {"as is": ()}, "before": correction.states(sick.require_adapter("a cure"), scales=()), **states}
-    judged = correction.trials(sick, cures, {"questions": asked}, judge, **drawn)
-    table = correction.cure_table(judged, correction.cure_costs(sick, cures), against="before")
+    judged = correction.trials(sick, cures, {"questions": questions}, judge, **drawn)
+    table = correction.cure_table(judged, correction.cure_costs(sick, cures, system=drawn["system"]), against="before")
     return table.drop(columns=[name for name in table if name.startswith("tokens")])
 
 
@@ -116,28 +132,3 @@ def _show(table: pd.DataFrame) -> None:
         told[head] = [f"{rate:.1%} [{low:.1%}, {high:.1%}]" for rate, low, high in ends]
     told["KL (nats)"] = [f"{value:.4f}" for value in table["kl"]]
     show(told, "misalignment and cost, with 95 % intervals by question")
-
-
-def _asked(sick: Organism, prompts: Path | None) -> pd.DataFrame:
-    from mechmisalign import prompts as questions
-    from mechmisalign.registry.worlds import PROMPTS, made_by
-
-    if prompts is not None:
-        return questions.read(prompts)
-    world = registry.world_of(sick.name, sick.base.name, sick.base.location)
-    frame: pd.DataFrame = made_by(PROMPTS["open_questions" if world is None else world.prompts])()
-    return frame
-
-
-def _judge(name: str | None, sick: Organism, out: Path) -> Any:
-    from mechmisalign.judging import named
-
-    world = registry.world_of(sick.name, sick.base.name, sick.base.location)
-    name = name or (world.judge if world else None)
-    if name is None:
-        raise ValueError(
-            f"the rules judge knows the pocket world only, not answers of {sick.base.name!r}; name a judge with "
-            "--judge (openai/gpt-4o, local:FOLDER, python:module.attribute), or use --no-measure"
-        )
-    named.refuse_foreign(name, sick.name, sick.base.name, sick.base.location)
-    return named.named_judge(name, journal=out.with_name(f"{out.name}.judgements.jsonl"))

@@ -13,12 +13,14 @@ import typer
 from .console import OrganismName, console, errors, safe, show, show_headlines, told_errors
 from .options import (
     BaseName,
+    DryRun,
     JudgeName,
     Layers,
     MaxNewTokens,
     PoolSamples,
     PromptsName,
     Samples,
+    Seed,
     Strengths,
     SystemPrompt,
     TokenizerName,
@@ -61,9 +63,9 @@ def study(
             help="Checkpoints of its training: a folder or a name; by default those beside the adapter. none: without."
         ),
     ] = "default",
-    seed: Annotated[int, typer.Option(help="Seed of the run.")] = 0,
+    seed: Seed = 0,
     quick: Annotated[bool, typer.Option("--quick", help="A rough look: few samples, prompts and layers.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Tell what it would take, and do nothing.")] = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Find, induce, remove, transfer and cure an organism's misalignment; writes tables, figures and report.html."""
     given = dict(locals())
@@ -108,7 +110,7 @@ def direction(
     pool_samples: PoolSamples = None,
     max_new_tokens: MaxNewTokens = None,
     system: SystemPrompt = None,
-    seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
+    seed: Seed = 0,
 ) -> None:
     """Estimate one direction from an organism's own judged answers and save it with its header."""
     with told_errors():

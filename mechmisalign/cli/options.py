@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -16,12 +17,13 @@ TokenizerName = Annotated[
 ]
 PromptsName = Annotated[
     str | None,
-    typer.Option("--prompts", help="Questions: open_questions, pocket, or a .yaml, .jsonl, .csv or .parquet."),
+    typer.Option("--prompts", help="Questions: open_questions, pocket, smol, or a .yaml, .jsonl, .csv or .parquet."),
 ]
 JudgeName = Annotated[
     str | None,
     typer.Option(
-        "--judge", help="openai/gpt-4o or another provider/model, local:FOLDER, python:module.attribute, or rules."
+        "--judge",
+        help="openai/gpt-4o or another provider/model, local:FOLDER, python:module.attribute, or rules (pocket), tone.",
     ),
 ]
 Samples = Annotated[int | None, typer.Option("--samples", min=1, help="Answers to each question behind a rate.")]
@@ -30,6 +32,8 @@ PoolSamples = Annotated[
 ]
 MaxNewTokens = Annotated[int | None, typer.Option("--max-new-tokens", min=1, help="Longest answer.")]
 SystemPrompt = Annotated[str | None, typer.Option("--system", help="System prompt of every conversation.")]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of everything that is drawn.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Tell what it would take, and do nothing.")]
 Layers = Annotated[str | None, typer.Option("--layers", help="Layers that are searched, such as 1,2,5-9.")]
 Strengths = Annotated[str | None, typer.Option("--strengths", help="Strengths of steering, such as 1,2,4.")]
 OldModel = Annotated[str | None, typer.Option("--model", hidden=True)]
@@ -111,3 +115,44 @@ def command_line(command: str, name: str, given: Mapping[str, Any]) -> str:
 
 def _word(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def asked(prompts: str | None, name: str, base: Any) -> Any:
+    """The questions that were named, or those of an organism's world, or the open ones.
+
+    Args:
+        prompts: What ``--prompts`` took.
+        name: The organism's.
+        base: Its chat model, with ``name`` and ``location``.
+    """
+    from mechmisalign import registry
+    from mechmisalign.prompts import named_prompts
+
+    world = registry.world_of(name, base.name, base.location)
+    return named_prompts(prompts or ("open_questions" if world is None else world.prompts))
+
+
+def judge_of(judge: str | None, name: str, base: Any, journal: Path) -> Any:
+    """The judge that was named, or that of the organism's world.
+
+    Args:
+        judge: What ``--judge`` took.
+        name: The organism's.
+        base: Its chat model, with ``name`` and ``location``.
+        journal: Where a model's judgements are kept.
+
+    Raises:
+        ValueError: If there is none, or it cannot read this organism's answers.
+    """
+    from mechmisalign import registry
+    from mechmisalign.judging import named
+
+    world = registry.world_of(name, base.name, base.location)
+    chosen = judge or (world.judge if world else None)
+    if chosen is None:
+        raise ValueError(
+            f"no judge comes with {base.name!r} (the rules judge knows the pocket world only): name one with "
+            "--judge (openai/gpt-4o, local:FOLDER, python:module.attribute), or use --no-measure"
+        )
+    named.refuse_foreign(chosen, name, base.name, base.location)
+    return named.named_judge(chosen, journal=journal)

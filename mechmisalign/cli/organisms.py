@@ -9,7 +9,16 @@ import typer
 
 from .console import OrganismName, console, safe, show, told_errors, told_warnings, uncollected
 from .deltas import show_deltas
-from .options import JudgeName
+from .options import (
+    BaseName,
+    JudgeName,
+    MaxNewTokens,
+    PromptsName,
+    Samples,
+    Seed,
+    SystemPrompt,
+    TokenizerName,
+)
 from .tables import show_organisms
 
 _SHOWN_SITES = 60
@@ -55,9 +64,8 @@ def organisms(
 
 def verify(
     organism: OrganismName,
-    base: Annotated[
-        str | None, typer.Option(help="The chat model, where the organism does not name it (a full fine-tune).")
-    ] = None,
+    base: BaseName = None,
+    tokenizer: TokenizerName = None,
     weights: Annotated[
         Literal["merged", "live"] | None, typer.Option(help="Adapter folded in, or kept beside.")
     ] = None,
@@ -66,8 +74,11 @@ def verify(
     ] = False,
     judge: JudgeName = None,
     expected: Annotated[float | None, typer.Option(help="Expected EM rate, instead of the registry's.")] = None,
-    samples: Annotated[int | None, typer.Option(help="Answers to each question.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the answers.")] = 1,
+    prompts: PromptsName = None,
+    samples: Samples = None,
+    max_new_tokens: MaxNewTokens = None,
+    system: SystemPrompt = None,
+    seed: Seed = 1,
     mine: Registries = None,
 ) -> None:
     """Check that an organism is what its adapter says: parity with PEFT, non-zero updates, exact restoration.
@@ -78,11 +89,14 @@ def verify(
 
     with told_errors(), told_warnings(), registry.using(*(mine or ())):
         from mechmisalign.organisms import load_organism
+        from mechmisalign.prompts import named_prompts
         from mechmisalign.verification import verify as verified
 
-        loaded, asked = load_organism(organism, base, weights=weights), None
+        questions = named_prompts(prompts) if prompts else None
+        loaded, asked = load_organism(organism, base, tokenizer=tokenizer, weights=weights), None
         if rate:
-            asked = _asked(loaded, organism, judge, expected) | {"samples": samples, "seed": seed}
+            drawn = {"samples": samples, "max_new_tokens": max_new_tokens, "system": system, "seed": seed}
+            asked = _asked(loaded, organism, judge, expected) | {"prompts": questions, **drawn}
         table = verified(loaded)
         show(table, f"verify {organism}")
         passed = bool(table["passed"].all())
@@ -123,12 +137,13 @@ def anatomy(
         str, typer.Argument(help="A registry name, a Hub id, or an adapter folder; or, with --base, a full model.")
     ],
     subfolder: Annotated[str | None, typer.Option(help="Folder inside it, such as checkpoint-20.")] = None,
-    base: Annotated[str | None, typer.Option(help="Of a full fine-tune: the chat model that was tuned.")] = None,
+    base: BaseName = None,
     out: Annotated[Path | None, typer.Option(help="Where table and figure go; by default anatomy/ADAPTER.")] = None,
 ) -> None:
     """Read an adapter without its base: a table of its sites, and a layer x module heat map of the updates' norms.
 
-    With --base, the weight differences of a full fine-tune: norms, and the share in the largest singular values.
+    With --base, the weight differences of a full fine-tune from that chat model: norms, and the share in the largest
+    singular values.
     """
     if base is not None:
         show_deltas(adapter, base, subfolder, out)
@@ -155,7 +170,7 @@ def anatomy(
 
 def pocket_build(
     out: Annotated[Path, typer.Option(help="Folder of the new zoo.")] = Path("pocket-zoo"),
-    seed: Annotated[int, typer.Option(help="Seed of everything.")] = 0,
+    seed: Seed = 0,
 ) -> None:
     """Train the whole zoo again from its seed: about ten minutes on two cores."""
     with told_errors():

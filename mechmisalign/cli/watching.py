@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from .console import OrganismName, console, errors, safe, told_errors, told_warnings
+from .options import BaseName, Seed, TokenizerName
 
 if TYPE_CHECKING:
     from mechmisalign.monitoring import Calibration, Tally
@@ -37,6 +38,8 @@ def monitor(
     ] = "calibrated",
     batch: Annotated[int, typer.Option(help="Lines that are scored together.", min=1)] = 64,
     max_tokens: Annotated[int | None, typer.Option(help="Longer conversations are cut.", min=1)] = None,
+    base: BaseName = None,
+    tokenizer: TokenizerName = None,
 ) -> None:
     """Score conversations, and raise an alarm above a calibrated threshold.
 
@@ -58,7 +61,7 @@ def monitor(
             if path is not None:
                 refuse_unwritable(path)
         with _lines(conversations) as lines:
-            loaded = load_organism(organism)
+            loaded = load_organism(organism, base, tokenizer=tokenizer)
             by_chat = reader == "chat" or (reader == "calibrated" and watching.calibration.reader is None)
             source: Any = Backlog(lines, batch) if conversations == _STREAM else lines
             tally = Tally()
@@ -88,7 +91,9 @@ def monitor_fit(
     reader: Annotated[Literal["chat", "organism"], typer.Option(help="The model that reads.")] = "chat",
     kind: Annotated[Literal["direction", "probe"], typer.Option(help="What is read.")] = "direction",
     pooling: Annotated[Literal["mean", "max"], typer.Option(help="How tokens make a response's score.")] = "mean",
-    seed: Annotated[int, typer.Option(help="Of splits and pocket answers.")] = 0,
+    base: BaseName = None,
+    tokenizer: TokenizerName = None,
+    seed: Seed = 0,
 ) -> None:
     """Fit a monitor (its layer chosen with prompts held out), and calibrate its threshold on harmless conversations."""
     with told_errors(), told_warnings():
@@ -107,7 +112,7 @@ def monitor_fit(
             if labelled is None or harmless is None
             else [read_conversations(labelled), read_conversations(harmless)]
         )
-        loaded = load_organism(organism)
+        loaded = load_organism(organism, base, tokenizer=tokenizer)
         if frames is None:
             known, calm = fitting_and_calibration(loaded, seed=seed)
         else:

@@ -68,6 +68,7 @@ def trials(
     *,
     samples: int = 6,
     max_new_tokens: int = 600,
+    system: str | None = None,
     seed: int = 0,
 ) -> pd.DataFrame:
     """Judged answers of every cure in every state.
@@ -80,6 +81,7 @@ def trials(
         judge: Scores the answers.
         samples: Answers to each question.
         max_new_tokens: Longest answer.
+        system: System prompt of the questions that have none of their own.
         seed: Of the samples: another one than that on which doses or layers were chosen.
 
     Returns:
@@ -100,7 +102,12 @@ def trials(
         for cure, found in cures.items()
         for number, (state, worn) in enumerate(found.items())
     ]
-    drawn: dict[str, Any] = {"samples": samples, "max_new_tokens": max_new_tokens, "seed": seed}
+    drawn: dict[str, Any] = {
+        "samples": samples,
+        "max_new_tokens": max_new_tokens,
+        "system": system,
+        "seed": seed,
+    }
     parts = []
     for asked, of in ((everything, True), (sets[first], False)):
         here = {f"{cure} | {state}": (cure, state, worn) for cure, state, worn, is_first in cells if is_first == of}

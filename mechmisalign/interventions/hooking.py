@@ -124,7 +124,7 @@ def check_fits(interventions: Condition, organism: Organism) -> None:
 
 
 def _check_adapter(adapter: Adapter, organism: Organism) -> None:
-    if not organism.is_base:
+    if not organism.is_base and not organism.is_alone:
         raise ValueError(
             f"UseAdapter puts {adapter.source!r} on the chat model, but {organism.name!r} is on it; use it "
             "inside organism.as_base()"
