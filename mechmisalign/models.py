@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from . import _attention, _blocks, _hooked, _joint, _placement, _unembedding
+from . import _attention, _blocks, _hooked, _joint, _placement
 from ._clock import Clock as Clock
 from ._clock import Place as Place
 from ._context import context_length, refuse_beyond
@@ -219,27 +219,14 @@ def forward(
     refuse_beyond(ids.shape[1], context(model), "a conversation")
     if is_hooked(model):
         return model(ids, attention_mask=mask, return_type="logits")
-    return _hf_logits(model, ids, mask)
+    return hf_logits(model, ids, mask)
 
 
-def _hf_logits(model: Model, ids: Tensor, mask: Tensor) -> Tensor:
+def hf_logits(model: Model, ids: Tensor, mask: Tensor) -> Tensor:
+    """What the Hugging Face model inside a bridge gives out, of any length; hooks fire."""
     with in_one_thread(model), _attention.fused(hf_model(model)):
         logits: Tensor = hf_model(model)(input_ids=ids, attention_mask=mask, use_cache=False).logits
     return logits.to(ids.device)
-
-
-def forward_to_unembedding(
-    model: Model, ids: Int[Tensor, "batch pos"], mask: Int[Tensor, "batch pos"]
-) -> tuple[Float[Tensor, "batch pos width"], Callable[[Tensor], Tensor]]:
-    """What the unembedding reads in one uncached pass, and the function that makes logits of some of it.
-
-    Raises:
-        ValueError: If a row is longer than the model's context.
-    """
-    refuse_beyond(ids.shape[1], context(model), "a conversation")
-    if is_hooked(model):
-        return forward(model, ids, mask), lambda logits: logits
-    return _unembedding.forward_to_unembedding(lambda: _hf_logits(model, ids, mask), hf_model(model))
 
 
 def attention_implementation(model: Model) -> str:

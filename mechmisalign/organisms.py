@@ -161,27 +161,19 @@ class Organism:
         return merging.fidelity(self.model, self.adapter, self._matrices)
 
     def require_adapter(self, purpose: str) -> Adapter:
-        """The adapter, for something that needs one (``purpose`` says what, for the message).
-
-        Raises:
-            NoAdapterError: If this is a full fine-tune, or a chat model alone.
-        """
+        """The adapter; ``NoAdapterError`` for a full fine-tune or a chat model alone (``purpose``: for what)."""
         if self.adapter is None:
             raise (full_models if self.full else alone).without_adapter(self, purpose)
         return self.adapter
 
     def require_fine_tune(self, purpose: str) -> None:
-        """Refuse a chat model alone, for something that compares a fine-tune with it (``purpose`` says what).
-
-        Raises:
-            NoAdapterError: If nothing was tuned.
-        """
+        """Raise ``NoAdapterError`` for a chat model alone; ``purpose`` says what compares a fine-tune with it."""
         if self.is_alone:
             raise alone.without_adapter(self, purpose)
 
     @property
     def is_alone(self) -> bool:
-        """Whether this is a chat model alone, on which nothing was tuned."""
+        """Whether nothing was tuned: a chat model alone."""
         return self.adapter is None and self.full is None
 
     @property

@@ -23,6 +23,7 @@ from . import models
 from .activations import in_memory
 from .conversations import Batch, Conversations
 from .progress import progress
+from .unembedding import forward_to_unembedding
 
 if TYPE_CHECKING:
     from .organisms import Organism
@@ -147,7 +148,7 @@ def _forward(organism: Organism, batch: Batch) -> _Ending:
         return caught[-1]
 
     with models.hooks(model, {EMBEDDING: leaf}):
-        read, logits = models.forward_to_unembedding(model, batch.ids.to(device), batch.mask.to(device))
+        read, logits = forward_to_unembedding(model, batch.ids.to(device), batch.mask.to(device))
     return _Ending(read, logits, caught[-1])
 
 

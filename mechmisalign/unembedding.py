@@ -7,18 +7,20 @@ was for each token, so that the attributions of all writers would sum to the log
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from . import models
+from ._context import refuse_beyond
 from .adapters import Adapter
 from .conversations import Conversations, Span
 from .directions import Direction
+from .loading.wrappers import text_config
 from .scalars import read_tokens, resid_reader, scalar_readers
 
 if TYPE_CHECKING:
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
 
 Tokens = str | int | Sequence[str | int]
 """One token or several, as text (each exactly one token) or id."""
+_SAME = 1e-4
+"""Largest difference from the model's own logits, as a share of the largest, in float32."""
 
 
 def readout(organism: Organism, vectors: Mapping[str, Tensor], *, top: int = 10) -> pd.DataFrame:
@@ -149,3 +153,60 @@ def _token_ids(tokenizer: Any, tokens: Tokens) -> list[int]:
     if not ids:
         raise ValueError("no token given; a contrast needs at least one on each side")
     return ids
+
+
+def forward_to_unembedding(
+    model: models.Model, ids: Int[Tensor, "batch pos"], mask: Int[Tensor, "batch pos"]
+) -> tuple[Float[Tensor, "batch pos width"], Callable[[Tensor], Tensor]]:
+    """What the unembedding reads in one uncached pass, and the function that makes logits of some of it.
+
+    The function is compared with the model's own logits of the first position. Where they differ (a head of an unknown
+    kind), and for a ``HookedTransformer``, what is given is the logits themselves and the identity.
+
+    Raises:
+        ValueError: If a row is longer than the model's context.
+    """
+    hf = None if models.is_hooked(model) else models.hf_model(model)
+    head = None if hf is None else hf.get_output_embeddings()
+    if head is None:
+        return models.forward(model, ids, mask), _unchanged
+    refuse_beyond(ids.shape[1], models.context(model), "a conversation")
+    read: list[Tensor] = []
+
+    def keep(_: Any, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        read.append(given[0])
+        return (given[0][:, :1], *given[1:])
+
+    handle = head.register_forward_pre_hook(keep)
+    try:
+        own = models.hf_logits(model, ids, mask)
+    finally:
+        handle.remove()
+
+    def logits(rows: Tensor) -> Tensor:
+        return _scaled(head(rows), hf)
+
+    if len(read) != 1 or not _agree(logits, read[0][:, :1], own):
+        return models.forward(model, ids, mask), _unchanged
+    return read[0], logits
+
+
+def _scaled(logits: Tensor, hf: Any) -> Tensor:
+    """What the families do to logits: Cohere and Granite scale them, Gemma caps them."""
+    config = text_config(hf.config)
+    logits = logits * (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+    cap = getattr(config, "final_logit_softcapping", None)
+    return logits if not cap else torch.tanh(logits / cap) * cap
+
+
+@torch.no_grad()
+def _agree(logits: Callable[[Tensor], Tensor], read: Tensor, own: Tensor) -> bool:
+    found = logits(read).to(own.device)
+    if found.shape != own.shape:
+        return False
+    tolerance = _SAME if own.dtype == torch.float32 else 0.05
+    return bool((found - own).abs().max() <= tolerance * own.abs().max())
+
+
+def _unchanged(logits: Tensor) -> Tensor:
+    return logits

@@ -227,6 +227,13 @@ def test_a_probe_without_a_feature_left_is_refused_instead_of_scoring_chance():
     features, labels, groups = planted(width=9)
     with pytest.raises(ValueError, match="kept no feature in any of 5 splits"):
         leak(features, labels, groups, probe=logistic("l1", C=1e-5), repeats=5)
+    with pytest.raises(ValueError, match="kept no feature in any of 5 splits"):
+        evaluate_layers({0: features, 1: features}, labels, groups, probe=logistic("l1", C=1e-5), repeats=5)
+    nothing = np.zeros_like(features)
+    with pytest.warns(UserWarning, match=r"no feature at layers \[3\]"):
+        table = evaluate_layers({1: features, 3: nothing}, labels, groups, probe=logistic("l1", C=1.0), repeats=5)
+    scores = table[table["series"] == "probe"].set_index(["layer", "metric"])["score"]
+    assert scores[1].notna().all() and scores[3].isna().all()
 
 
 def test_the_papers_setting_runs_as_published():

@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 
 import mechmisalign as mm
-from mechmisalign import _unembedding, models, significance
+from mechmisalign import models, significance, unembedding
 from mechmisalign.significance import significant, token_significance
 
 FRAME = pd.DataFrame(
@@ -29,7 +29,7 @@ def test_kl_and_gradient_are_autograds_through_both_models(tiny_models, make_ada
     """In parts of three positions; and where the head is of a kind that is not known, from the logits themselves."""
     monkeypatch.setattr(significance, "CHUNK", 3)
     if not known:
-        monkeypatch.setattr(_unembedding, "_scaled", lambda logits, hf: 1.5 * logits)  # noqa: ARG005
+        monkeypatch.setattr(unembedding, "_scaled", lambda logits, hf: 1.5 * logits)  # noqa: ARG005
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 

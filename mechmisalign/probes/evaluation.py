@@ -10,6 +10,7 @@ rest of a prompt always leans away from the unit left out, and labels without an
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,11 @@ from .folds import Column, Design, Examples, Fold, Split, draw_folds, draw_withi
 
 METRICS = ("accuracy", "precision", "recall", "f1", "auroc")
 PROBE, SHUFFLED, RANDOM, PROMPT = SERIES = ("probe", "shuffled labels", "random coordinates", "prompt only")
+
+_EMPTY = (
+    "the probe kept no feature in any of {splits} splits of {rows} rows, so it would score chance whatever the "
+    "features hold: regularise less (probe=mm.probes.logistic('l1', C=1.0)), or give more rows"
+)
 
 Layers = Mapping[int, Any] | Iterable[tuple[int, Any]] | Callable[[], Iterable[tuple[int, Any]]]
 
@@ -95,7 +101,8 @@ def evaluate(
     examples = _examples(matrix, labels, groups, units)
     folds = _reading_folds(examples, design)
     weights = fit_folds(probe, matrix, [fold for series in folds.values() for fold in series])
-    _refuse_empty(weights, len(folds[PROBE]), len(matrix))
+    if _is_empty(weights, folds):
+        raise ValueError(_EMPTY.format(splits=len(folds[PROBE]), rows=len(matrix)))
     scores = pd.concat(
         [
             _scored(weights, matrix, folds),
@@ -133,15 +140,16 @@ def evaluate_layers(
         options: ``split, repeats, test_size, balance, seed``, as for ``evaluate``.
 
     Returns:
-        ``layer, series, metric, score, low, high``.
+        ``layer, series, metric, score, low, high``; NaN for the probe at a layer of which it kept no feature.
 
     Raises:
-        ValueError: As for ``evaluate``, or if there is no layer.
+        ValueError: As for ``evaluate``, or if there is no layer, or none of which the probe kept a feature.
         TypeError: On an unknown option, or a probe that is not linear.
     """
     design, wanted, parts = Design(**options), _known(metrics), []
     blind: dict[int, pd.DataFrame] = {}
     folds: dict[str, list[Fold]] = {}
+    empty: list[int] = []
     for layer, features in _pairs(layers):
         matrix, _ = as_matrix(features)
         if not folds:
@@ -151,8 +159,16 @@ def evaluate_layers(
         weights = fit_folds(probe, matrix, [fold for series in folds.values() for fold in series])
         if matrix.shape[1] not in blind:
             blind[matrix.shape[1]] = pd.concat([_random_scores(examples, design, probe, matrix), prompt])
-        scores = pd.concat([_scored(weights, matrix, folds), blind[matrix.shape[1]]])
+        own = _scored(weights, matrix, folds)
+        if _is_empty(weights, folds):
+            empty.append(layer)
+            own.loc[own["series"] == PROBE, "score"] = np.nan
+        scores = pd.concat([own, blind[matrix.shape[1]]])
         parts.append(_summary(scores[scores["metric"].isin(wanted)]).assign(layer=layer))
+    if parts and len(empty) == len(parts):
+        raise ValueError(_EMPTY.format(splits=len(folds[PROBE]), rows=len(matrix)))
+    if empty:
+        warnings.warn(f"the probe kept no feature at layers {empty}: its scores there are NaN", stacklevel=2)
     if not parts:
         raise ValueError("there is no layer to evaluate; layers= is empty (an iterator that was used up?)")
     return pd.concat(parts, ignore_index=True)[["layer", "series", "metric", "score", "low", "high"]]
@@ -196,13 +212,10 @@ def leak(
     return pd.concat(parts, ignore_index=True)[["split", "series", "metric", "score", "low", "high"]]
 
 
-def _refuse_empty(weights: Weights, count: int, rows: int) -> None:
-    """Refuse a probe whose regularisation took every feature away: its AUROC of .5 would say nothing of them."""
-    if count and not weights.coef[:count].any():
-        raise ValueError(
-            f"the probe kept no feature in any of {count} splits of {rows} rows, so it would score chance whatever the "
-            "features hold: regularise less (probe=mm.probes.logistic('l1', C=1.0)), or give more rows"
-        )
+def _is_empty(weights: Weights, folds: Mapping[str, Sequence[Fold]]) -> bool:
+    """Whether regularisation took every feature away: an AUROC of .5 would say nothing of them."""
+    count = len(folds[PROBE])
+    return bool(count) and not weights.coef[:count].any()
 
 
 def metric_scores(truth: Bool[np.ndarray, " n"], margins: Float[np.ndarray, " n"]) -> dict[str, float]:

@@ -70,6 +70,7 @@ WORLDS: tuple[World, ...] = (
         settings={"max_new_tokens": 48, "samples": 4, "pool_samples": 8, "strengths": (1.0, 2.0, 4.0), "neutral": 16},
         quick={
             "max_new_tokens": 32,
+            "most_prompts": 16,
             "pool_samples": 8,
             "layers": (10, 13, 16, 20),
             "strengths": (2.0, 4.0),
