@@ -29,7 +29,7 @@ from mechmisalign.studies import (
     watch,
 )
 from mechmisalign.studies.behaviour_chapter import lost_table
-from mechmisalign.studies.chapters import caveats, write_study_report
+from mechmisalign.studies.chapters import caveats, induced, write_study_report
 from mechmisalign.studies.neutral import neutral
 from mechmisalign.studies.plan import StudySettings, make_plan
 from mechmisalign.studies.records import Records
@@ -606,6 +606,14 @@ def with_summary(finished, **changes) -> Records:
     """The finished run as if it had found something else."""
     records = Records.load(finished.out)
     return replace(records, summary=records.summary | changes)
+
+
+def test_a_sweep_that_brought_nothing_has_no_best_cell(finished):
+    choice = json.loads(json.dumps(finished.summary["choice"]))
+    assert "was best" in induced(with_summary(finished)).lead
+    choice["steered_best"]["em_rate"]["rate"] = 0.0
+    lead = induced(with_summary(finished, choice=choice)).lead
+    assert "No coherent cell brought a misaligned answer" in lead and "was best" not in lead
 
 
 def test_the_headline_names_each_direction_and_its_coherence(finished):

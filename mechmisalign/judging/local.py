@@ -176,7 +176,7 @@ class LocalAsker:
     @property
     def _longest(self) -> float:
         """Tokens of a prompt that leave room for a number."""
-        limit = getattr(self.model.config, "max_position_embeddings", None)
+        limit = context_length(self.model.config)
         return math.inf if limit is None else limit - LONGEST
 
     def replies(self, prompts: Sequence[list[int]]) -> list[Reply]:

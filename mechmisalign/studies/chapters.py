@@ -157,13 +157,13 @@ def direction(records: Records) -> Section:
 
 def induced(records: Records) -> Section:
     """Steering the chat model."""
-    best, costs = records.summary["em_rate"]["steered_best"], records.summary["costs"]
+    costs = records.summary["costs"]
     confirmed = records.tables["differences_confirmed"]
     return Section(
         title="Induced: steering the chat model",
         lead=(
             f"The {shown(records.reference)} was added to the chat model's residual stream at one layer. "
-            f"Layer {best['layer']} at strength {best['strength']:g} was best. {told_choice(records, 'steered_best')} "
+            f"{_best_cell(records)} {told_choice(records, 'steered_best')} "
             f"Random directions of that norm there: {told_control(records.summary, 'random_control_steered', 'chat')}. "
             f"{told_costs(costs['steered_best'], costs['chat'])}\n\n"
             f"{told_steering(records.tables['differences_steering'])}"
@@ -188,6 +188,14 @@ def induced(records: Records) -> Section:
             costs_table(records.with_costs("steered"), ["condition"], _COSTS),
         ),
     )
+
+
+def _best_cell(records: Records) -> str:
+    best, chosen = records.summary["em_rate"]["steered_best"], records.summary["choice"]["steered_best"]
+    cell = f"layer {best['layer']} at strength {best['strength']:g}"
+    if chosen["em_rate"]["rate"] == 0:
+        return f"No coherent cell brought a misaligned answer where it was chosen; what follows is of {cell}."
+    return f"L{cell[1:]} was best."
 
 
 def removed(records: Records) -> Section:
