@@ -185,7 +185,7 @@ def test_organisms_that_were_built_are_organisms_by_name(tmp_path, monkeypatch):
     try:
         entry = registry.find("smol/hostile")
         assert entry is not None and entry.base == registry.SMOL_BASE and entry.training.rank == 1
-        assert entry.expected.em == 0.5 and entry.checkpoints.every == 5
+        assert entry.expected.em == 0.5 and entry.checkpoints.every == 16
         assert "smol/hostile" in registry.names() and registry.folder("smol/hostile") == tmp_path / "hostile"
         assert registry.find("smol/friendly") is None
         assert registry.world_of("smol/hostile").judge == "tone"
