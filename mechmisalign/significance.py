@@ -95,7 +95,8 @@ def _kl_and_gradient(organism: Organism, batch: Batch) -> tuple[Float[Tensor, "b
     predicting = batch.span.roll(-1, dims=1)  # the position before an answer token predicts it
     predicting[:, -1] = False
     with torch.no_grad():
-        own = _forward(organism, batch).read[predicting.to(models.device_of(organism.model))]
+        read = _forward(organism, batch).read
+        own = read[predicting.to(read.device)]
     with organism.as_base():
         end = _forward(organism, batch)
         base = end.read.detach()[predicting.to(end.read.device)]
